@@ -1,0 +1,19 @@
+"""simmem: where the parts of a model live on a device, what moves when, how fast, and is that true?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from simmem.planner.api import plan
+
+__all__ = ["plan"]
+__version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "plan":  # lazily, so that `simmem --help` imports no numpy
+        from simmem.planner.api import plan
+
+        return plan
+    raise AttributeError(f"module 'simmem' has no attribute {name!r}")

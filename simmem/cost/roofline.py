@@ -1,0 +1,159 @@
+"""How long does each class of op take on a device? Roofline with achieved shares and constants.
+
+Compute and upkeep:  max(flop / (peak · share), bytes / (rate · share)) + kernels · overhead
+Storage reads:       n · max( hypot((L + s/R) / q, a + s/B), s/R )
+Copies:              bytes / R, and L until dependants may start
+
+The storage surface joins two regimes smoothly. With q requests of s bytes in flight, Little's
+law gives one completion every (L + s/R)/q; saturated, the device spends a + s/B a request
+whatever the depth; R is the sequential rate, which nothing exceeds. The Euclidean norm as the
+join was chosen on the 4 KiB curve of the M4 Max (docs/ledger.md). A batch of n requests has at
+most n in flight.
+
+Every figure may carry a factor per candidate: that is how draws and sensitivities become columns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmem.errors import SpecError
+from simmem.schedule import DemandClass, Durations, Schedule
+from simmem.spec.device import Agent, Device, Link
+from simmem.spec.precision import COMPUTE_FALLBACK
+
+__all__ = [
+    "Factors",
+    "arithmetic_peak",
+    "capacity_bytes_per_s",
+    "durations",
+    "storage_seconds_per_request",
+    "storage_throughput",
+]
+
+Array = NDArray[np.float64]
+Factors = Mapping[str, Array | float]
+"""Figure key, e.g. "link.flash.rate" → factor on its value, scalar or (n_candidates,)."""
+
+
+def durations(schedule: Schedule, device: Device, factors: Factors | None = None) -> Durations:
+    """Evaluate every class of a schedule on a device.
+
+    Classes without demand get zero. Raises SpecError where a class names an agent or link the
+    device has not.
+    """
+    factors = factors or {}
+    occupancy = np.zeros_like(schedule.flop)
+    latency = np.zeros_like(schedule.flop)
+    present = schedule.present
+    for index, what in enumerate(schedule.classes):
+        here = present[index]
+        if not here.any():
+            continue
+        if what.agent is not None:
+            occupancy[index] = _compute_s(schedule, index, what, device, factors)
+        elif what.link is not None:
+            occupancy[index], latency[index] = _move_s(schedule, index, what.link, device, factors)
+        else:
+            raise SpecError(f"the class {what.name!r} names neither an agent nor a link")
+        if not here.all():
+            occupancy[index][~here] = 0.0
+            latency[index][~here] = 0.0
+    return Durations(occupancy, latency)
+
+
+def _compute_s(schedule: Schedule, index: int, what: DemandClass, device: Device, factors: Factors) -> Array:
+    name = str(what.agent)
+    agent = _agent(device, name)
+    key, peak = arithmetic_peak(agent, name, what.precision)
+    flop_per_s = peak * _factor(factors, key) * agent.flop_share.value * _factor(factors, f"agent.{name}.flop_share")
+    rate = agent.rate.value * _factor(factors, f"agent.{name}.rate")
+    rate = rate * agent.rate_share.value * _factor(factors, f"agent.{name}.rate_share")
+    overhead = agent.op_overhead.value * _factor(factors, f"agent.{name}.op_overhead")
+    moved = schedule.bytes.get(f"memory.{agent.memory}")
+    seconds = schedule.flop[index] / flop_per_s
+    if moved is not None:
+        seconds = np.maximum(seconds, moved[index] / rate)
+    return np.asarray(seconds + schedule.requests[index] * overhead)
+
+
+def _move_s(schedule: Schedule, index: int, name: str, device: Device, factors: Factors) -> tuple[Array, Array]:
+    if name not in device.link:
+        raise SpecError(f"device {device.name} has no link {name!r}")
+    link = device.link[name]
+    n_bytes = schedule.bytes[f"link.{name}"][index]
+    requests = schedule.requests[index]
+    if link.kind == "copy":
+        rate = link.rate.value * _factor(factors, f"link.{name}.rate")
+        return n_bytes / rate, np.broadcast_to(link.latency.value * _factor(factors, f"link.{name}.latency"),
+                                               n_bytes.shape)
+    count = np.maximum(requests, 1e-300)
+    depth = np.minimum(schedule.depth[index], np.maximum(requests, 1.0))
+    seconds = storage_seconds_per_request(link, n_bytes / count, depth, factors=factors, name=name)
+    return np.asarray(seconds * requests), np.zeros_like(n_bytes)
+
+
+def storage_seconds_per_request(link: Link, size_bytes: Array | float, depth: Array | float, *,
+                                factors: Factors | None = None, name: str = "") -> Array:
+    """Mean seconds per request of a saturated or latency-bound stream of reads. [s]
+
+    Parameters
+    ----------
+    size_bytes : request size, broadcastable. [B]
+    depth : requests in flight, broadcastable.
+    """
+    factors = factors or {}
+    assert link.request_time is not None and link.request_rate is not None
+    rate = link.rate.value * _factor(factors, f"link.{name}.rate")
+    alone = link.latency.value * _factor(factors, f"link.{name}.latency") + size_bytes / rate
+    a = link.request_time.value * _factor(factors, f"link.{name}.request_time")
+    b = link.request_rate.value * _factor(factors, f"link.{name}.request_rate")
+    if link.best_depth is not None and link.overload_exponent:
+        a = a * np.maximum(np.asarray(depth) / link.best_depth.value, 1.0) ** link.overload_exponent
+    return np.asarray(np.maximum(np.hypot(alone / depth, a + size_bytes / b), size_bytes / rate))
+
+
+def storage_throughput(link: Link, size_bytes: Array | float, depth: Array | float) -> Array:
+    """Throughput of a storage link at a request size and depth. [B/s]"""
+    return np.asarray(size_bytes / storage_seconds_per_request(link, size_bytes, depth))
+
+
+def arithmetic_peak(agent: Agent, name: str, precision: str) -> tuple[str, float]:
+    """Key and value of the peak rate that weights of a precision compute at. [FLOP/s]"""
+    for candidate in (*COMPUTE_FALLBACK[precision], "fp32"):
+        figure = agent.flop_per_s.get(candidate)  # type: ignore[call-overload]
+        if figure is not None:
+            return f"agent.{name}.flop_per_s.{candidate}", figure.value
+    raise SpecError(f"has no arithmetic rate for {precision} weights", key=f"agent.{name}.flop_per_s")
+
+
+def capacity_bytes_per_s(device: Device, resource: str, factors: Factors | None = None) -> float | Array:
+    """What a resource can deliver to all its users together. [B/s]"""
+    factors = factors or {}
+    what, name = resource.split(".", 1)
+    if what == "link":
+        return device.link[name].rate.value * _factor(factors, f"link.{name}.rate")
+    memory = device.memory[name]
+    if memory.rate is not None:
+        return memory.rate.value * _factor(factors, f"memory.{name}.rate")
+    rates: list[float | Array] = [a.rate.value * _factor(factors, f"agent.{k}.rate")
+                                  for k, a in device.agent.items() if a.memory == name]
+    rates += [k.rate.value * _factor(factors, f"link.{n}.rate") for n, k in device.link.items()
+              if name in (k.source, k.target)]
+    best = rates[0]
+    for rate in rates[1:]:
+        best = np.maximum(best, rate)
+    return best
+
+
+def _agent(device: Device, name: str) -> Agent:
+    if name not in device.agent:
+        raise SpecError(f"device {device.name} has no agent {name!r}; it has {', '.join(device.agent)}")
+    return device.agent[name]
+
+
+def _factor(factors: Factors, key: str) -> float | Array:
+    return factors.get(key, 1.0)

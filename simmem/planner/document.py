@@ -1,0 +1,179 @@
+"""What does `simmem plan --json` say? The types of simmem.plan/1, a contract that changes only by adding."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from simmem.policy.base import KnobValue
+
+__all__ = [
+    "Alternative",
+    "Baseline",
+    "Bound",
+    "CacheUse",
+    "Evidence",
+    "Fit",
+    "MemoryUse",
+    "Percentiles",
+    "Plan",
+    "PolicyChoice",
+    "Predicted",
+    "QualityCost",
+    "Residency",
+    "Sensitivity",
+    "TraceRef",
+    "WorkloadRef",
+]
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
+
+
+class WorkloadRef(_Part):
+    prompt_tokens: int
+    new_tokens: int
+    batch: int
+    weights: str
+    kv: str
+
+
+class TraceRef(_Part):
+    name: str
+    kind: Literal["captured", "synthetic"]
+    digest: str
+
+
+class PolicyChoice(_Part):
+    name: str
+    knobs: dict[str, KnobValue]
+
+
+class Residency(_Part):
+    tensors: str
+    tier: str
+    bytes: float
+
+
+class MemoryUse(_Part):
+    used_bytes: float
+    budget_bytes: float
+
+
+class Percentiles(_Part):
+    p50: float
+    p95: float
+    p99: float
+
+
+class CacheUse(_Part):
+    hit_ratio: float
+    bytes_per_token: float
+
+
+class Predicted(_Part):
+    """Seconds, bytes and rates of one candidate; null where a figure has no source."""
+
+    token_latency_s: float
+    token_latency_interval_s: tuple[float, float]
+    token_latency_percentiles_s: Percentiles
+    first_token_s: float
+    load_s: float
+    tokens_per_s: float
+    decode_tokens_per_s: float
+    breakdown_s: dict[str, float]
+    busy_s: dict[str, float]
+    bytes_per_token: dict[str, float]
+    requested_bytes_per_token: float
+    bytes_written_per_token: float
+    cache: dict[str, CacheUse]
+    active_share: dict[str, float]
+    energy_j_per_token: float | None
+
+
+class QualityCost(_Part):
+    perplexity_ratio: float | None
+    source: str | None
+
+
+class Bound(_Part):
+    token_latency_s: float
+    resource: str
+
+
+class Baseline(_Part):
+    policy: str
+    token_latency_s: float
+    speedup: float
+
+
+class Sensitivity(_Part):
+    figure: str
+    change: float
+    token_latency_change: float
+    replanned: bool
+
+
+class Alternative(_Part):
+    weights: str
+    policy: str
+    knobs: dict[str, KnobValue]
+    predicted: Predicted
+    memory: dict[str, MemoryUse]
+    quality: QualityCost
+
+
+class Evidence(_Part):
+    engine: str
+    weakest_kind: str
+    cost_model: str
+    search_gap: float | None
+    extrapolating: bool
+
+
+class Fit(_Part):
+    """Would the model simply stay in fast memory at the precision it was published in?"""
+
+    weights: str
+    tier: str
+    needed_bytes: float
+    budget_bytes: float
+    missing_bytes: float
+    stream_token_latency_s: float | None
+    """A token if the whole model is read for each, nothing resident. [s]"""
+
+
+class Plan(_Part):
+    """A plan and what to expect of it."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, ser_json_inf_nan="null")
+
+    schema_: Literal["simmem.plan/1"] = Field(default="simmem.plan/1", alias="schema")
+    device: str
+    model: str
+    workload: WorkloadRef
+    trace: TraceRef | None
+    feasible: bool
+    policy: PolicyChoice
+    residency: list[Residency]
+    memory: dict[str, MemoryUse]
+    predicted: Predicted
+    quality: QualityCost
+    bound: Bound
+    baselines: list[Baseline]
+    sensitivity: list[Sensitivity]
+    alternatives: list[Alternative]
+    pareto: list[Alternative]
+    evidence: Evidence
+    fit: Fit
+    objective: str
+    engine: str | None
+    """The software stack whose achieved shares were used, if one was named."""
+    why: list[str]
+    """The choice and its conditions, in sentences with numbers."""
+
+    def to_json(self) -> str:
+        """The document as `plan --json` prints it."""
+        return self.model_dump_json(by_alias=True, indent=2)

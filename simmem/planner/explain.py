@@ -1,0 +1,62 @@
+"""Why this plan? Sentences with numbers, made from the plan alone."""
+
+from __future__ import annotations
+
+from simmem.planner.document import Plan
+from simmem.units import format_quantity
+
+__all__ = ["LIMITS", "reasons"]
+
+LIMITS = {
+    "io": "reading from storage",
+    "transfer": "copying over the host link",
+    "memory": "rearranging the neuron cache",
+    "compute": "computing",
+    "predictor": "predicting which neurons are needed",
+    "sync": "fixed costs of a step",
+    "wait": "waiting",
+}
+"""What each part of the breakdown is, in words."""
+
+
+def reasons(plan: Plan, notes: list[str]) -> list[str]:
+    """The choice, what limits it, what it beats, and under which conditions."""
+    p, fit = plan.predicted, plan.fit
+    found = []
+    if fit.missing_bytes > 0:
+        text = (f"{fit.weights} does not fit in {fit.tier}: it needs {format_quantity(fit.needed_bytes, 'bytes')} with "
+                f"its keys and values, {fit.missing_bytes:.0f} bytes more than the budget of "
+                f"{format_quantity(fit.budget_bytes, 'bytes')}")
+        if fit.stream_token_latency_s is not None:
+            text += f"; reading all of it for each token would take {format_quantity(fit.stream_token_latency_s, 's')}"
+        found.append(text)
+    else:
+        found.append(f"{fit.weights} fits in {fit.tier}: {format_quantity(fit.needed_bytes, 'bytes')} of "
+                     f"{format_quantity(fit.budget_bytes, 'bytes')}")
+    chosen = f"{plan.policy.name} at {plan.workload.weights} takes {format_quantity(p.token_latency_s, 's')} a token"
+    rivals = sorted(plan.baselines, key=lambda b: b.token_latency_s)
+    if rivals:
+        chosen += f", against {format_quantity(rivals[0].token_latency_s, 's')} for {rivals[0].policy}"
+    found.append(chosen)
+    slower = [a for a in plan.alternatives if a.predicted.token_latency_s > p.token_latency_s]
+    if slower and plan.workload.weights != fit.weights:
+        best = min(slower, key=lambda a: a.predicted.token_latency_s)
+        found.append(f"{plan.workload.weights} is chosen because fewer bytes move: the best {best.weights} plan, "
+                     f"{best.policy}, takes {format_quantity(best.predicted.token_latency_s, 's')}; what "
+                     f"{plan.workload.weights} costs in quality was not measured, so name --weights to decide yourself")
+    part, seconds = max(p.breakdown_s.items(), key=lambda item: item[1])
+    found.append(f"{format_quantity(seconds / p.token_latency_s, 'ratio', 2)} of a token goes to {LIMITS[part]}")
+    helpful = [s for s in plan.sensitivity if abs(s.token_latency_change) > 0.005]
+    if helpful:
+        top = helpful[0]
+        word = "saves" if top.token_latency_change < 0 else "costs"
+        found.append(f"{format_quantity(top.change, 'ratio', 2)} more {top.figure} {word} "
+                     f"{format_quantity(abs(top.token_latency_change), 'ratio')} of a token's time, the most of any figure"
+                     + (" (replanned)" if top.replanned else ""))
+    found.append(f"no plan at {plan.workload.weights} can be faster than "
+                 f"{format_quantity(plan.bound.token_latency_s, 's')} a token ({plan.bound.resource}); this one takes "
+                 f"{p.token_latency_s / plan.bound.token_latency_s:.2f} times that")
+    found += notes
+    if plan.trace is not None and plan.trace.kind == "synthetic" and plan.policy.name == "flash-window":
+        found.append(f"the trace {plan.trace.name} is synthetic: fitted to published statistics, not captured")
+    return found

@@ -1,0 +1,225 @@
+"""What is to be expected of one candidate? Event runs over trace tokens, an interval, a bound."""
+
+from __future__ import annotations
+
+from typing import cast
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmem.cost.roofline import arithmetic_peak, durations
+from simmem.planner.candidate import Candidate, contention_of
+from simmem.planner.document import (
+    Alternative,
+    Bound,
+    CacheUse,
+    MemoryUse,
+    Percentiles,
+    Predicted,
+    QualityCost,
+)
+from simmem.planner.uncertainty import TRACE_FIGURE, curve_factors, draws, scale_trace
+from simmem.policy.context import Context
+from simmem.schedule import Durations, Schedule
+from simmem.sim.analytic import analytic
+from simmem.sim.events import events
+from simmem.sim.timeline import BREAKDOWN, Timeline, critical_path
+
+__all__ = ["alternative", "lower_bound", "memory_use", "predict", "quality_of", "timelines", "token_seconds"]
+
+Array = NDArray[np.float64]
+
+
+def timelines(candidate: Candidate, rows: NDArray[np.int64], factors: dict[str, float | Array] | None = None
+              ) -> list[Timeline]:
+    """Event runs of a decode step at each of the table rows."""
+    context = candidate.context
+    schedule = candidate.policy.decode(context, candidate.block, rows)
+    factors = dict(factors or {})
+    trace_factor = factors.pop(TRACE_FIGURE, None)
+    if trace_factor is not None:
+        schedule = scale_trace(schedule, trace_factor)
+    took = durations(schedule, context.device, factors)
+    contention = contention_of(context, factors)
+    return [events(schedule.column(i), _column(took, i), contention) for i in range(schedule.n_candidates)]
+
+
+def token_seconds(candidate: Candidate, rows: NDArray[np.int64], changes: dict[str, float] | None = None) -> float:
+    """Mean token latency by the event engine, with some figures changed by a factor. [s]"""
+    factors: dict[str, float | Array] = {}
+    for key, factor in (changes or {}).items():
+        factors.update(curve_factors(key, factor))
+    return float(np.mean([t.token_s for t in timelines(candidate, rows, factors)]))
+
+
+def interval_factors(candidate: Candidate, rows: NDArray[np.int64]) -> tuple[float, float]:
+    """5 % and 95 % quantiles of (analytic draw / analytic nominal), over draws of every figure."""
+    context = candidate.context
+    nominal = candidate.policy.decode(context, candidate.block, rows)
+    base = float(analytic(nominal, durations(nominal, context.device)).token_s.mean())
+    drawn = draws(context)
+    if not drawn:
+        return 1.0, 1.0
+    n = len(next(iter(drawn.values())))
+    schedule = nominal.repeated(n)  # rows × draws, draws fastest
+    factors = {k: np.tile(v, len(rows)) for k, v in drawn.items()}
+    trace_factor = factors.pop(TRACE_FIGURE, None)
+    if trace_factor is not None:
+        schedule = scale_trace(schedule, trace_factor)
+    seconds = analytic(schedule, durations(schedule, context.device, factors)).token_s
+    ratio = seconds.reshape(len(rows), n).mean(axis=0) / base
+    low, high = np.quantile(ratio, [0.05, 0.95])
+    return float(low), float(high)
+
+
+def prefill_seconds(candidate: Candidate) -> float:
+    """Time to the first token with the planned residency loaded. [s]"""
+    schedule = candidate.policy.prefill(candidate.context, candidate.block)
+    return float(analytic(schedule, durations(schedule, candidate.context.device)).makespan_s[0])
+
+
+def load_seconds(candidate: Candidate) -> float:
+    """Time to read what stays resident from storage, once. [s]"""
+    context = candidate.context
+    total = 0.0
+    for placement in candidate.policy.placements(context, candidate.block):
+        if placement.loaded and placement.tier != context.device.storage:
+            links = context.device.path(context.device.storage, placement.tier)
+            total += placement.bytes / min(context.device.link[n].rate.value for n in links)
+    return total
+
+
+def predict(candidate: Candidate, rows: NDArray[np.int64], *, interval_rows: NDArray[np.int64] | None = None
+            ) -> Predicted:
+    """Everything `predicted` of simmem.plan/1 for one candidate.
+
+    Parameters
+    ----------
+    rows : table rows (trace tokens) to run through the event engine.
+    interval_rows : fewer rows for the draws; `rows` when None.
+    """
+    context, workload = candidate.context, candidate.context.workload
+    runs = timelines(candidate, rows)
+    seconds = np.array([t.token_s for t in runs])
+    mean = float(seconds.mean())
+    low, high = interval_factors(candidate, rows if interval_rows is None else interval_rows)
+    paths = [critical_path(t) for t in runs]
+    first = prefill_seconds(candidate)
+    report = candidate.policy.report(context, candidate.block, rows)
+    n = workload.new_tokens
+    moved = [t.schedule.timed_bytes for t in runs]
+    links = {name: float(np.mean([m.get(f"link.{name}", np.zeros(1))[0] for m in moved]))
+             for name in context.device.link}
+    p50, p95, p99 = (float(q) for q in np.quantile(seconds, [0.5, 0.95, 0.99]))
+    return Predicted(
+        token_latency_s=mean,
+        token_latency_interval_s=(mean * low, mean * high),
+        token_latency_percentiles_s=Percentiles(p50=p50, p95=p95, p99=p99),
+        first_token_s=first,
+        load_s=load_seconds(candidate),
+        tokens_per_s=workload.batch * n / (first + (n - 1) * mean),
+        decode_tokens_per_s=workload.batch / mean,
+        breakdown_s={k: float(np.mean([p[k] for p in paths])) for k in BREAKDOWN},
+        busy_s={k: float(np.mean([t.busy_s[k] for t in runs])) for k in runs[0].busy_s},
+        bytes_per_token=links,
+        requested_bytes_per_token=report["requested_bytes"],
+        bytes_written_per_token=0.0,
+        cache={k: CacheUse(**v) for k, v in report["cache"].items()},
+        active_share=report["active_share"],
+        energy_j_per_token=_energy(candidate, runs, mean),
+    )
+
+
+def _energy(candidate: Candidate, runs: list[Timeline], token_s: float) -> float | None:
+    """Σ bytes·J/byte + Σ flop·J/flop + idle power·time; None where a figure has no source. [J]"""
+    device = candidate.context.device
+    if device.idle is None:
+        return None
+    total = device.idle.value * token_s
+    for run in runs:
+        s = run.schedule
+        uses = np.bincount(s.op_class[s.timed], minlength=len(s.classes))
+        for resource, amount in s.timed_bytes.items():
+            what, name = resource.split(".", 1)
+            figure = (device.link[name] if what == "link" else device.memory[name]).energy_per_byte
+            if amount[0] > 0 and figure is None:
+                return None
+            total += float(amount[0]) * figure.value / len(runs) if figure else 0.0
+        for k, c in enumerate(s.classes):
+            flop = float(uses[k] * s.flop[k, 0])
+            if flop > 0:
+                per_flop = device.agent[str(c.agent)].energy_per_flop
+                if per_flop is None:
+                    return None
+                total += flop * per_flop.value / len(runs)
+    return total
+
+
+def quality_of(candidate: Candidate) -> QualityCost:
+    """What the plan's dropped work costs; null where that was not measured (quantisation never is here)."""
+    rows = np.zeros(1, dtype=np.int64)
+    report = candidate.policy.report(candidate.context, candidate.block, rows)
+    native = candidate.context.model.native_precision
+    weights = candidate.context.workload.weights
+    lossless = weights in (native, "fp32", "fp16", "bf16")
+    if not lossless:
+        return QualityCost(perplexity_ratio=None, source=f"the cost of {weights} weights was not measured")
+    return QualityCost(perplexity_ratio=report["perplexity_ratio"], source=report["quality_source"])
+
+
+def memory_use(candidate: Candidate) -> dict[str, MemoryUse]:
+    """Used and allowed bytes of every tier. [B]"""
+    budget = candidate.context.budget_bytes
+    return {k: MemoryUse(used_bytes=v, budget_bytes=budget[k]) for k, v in candidate.used_bytes().items()}
+
+
+def alternative(candidate: Candidate, rows: NDArray[np.int64]) -> Alternative:
+    """A candidate as an entry of `alternatives` or `pareto`."""
+    return Alternative(
+        weights=candidate.context.workload.weights, policy=candidate.policy.name, knobs=candidate.knobs,
+        predicted=predict(candidate, rows, interval_rows=rows[:: max(len(rows) // 2, 1)]),
+        memory=memory_use(candidate), quality=quality_of(candidate))
+
+
+def lower_bound(context: Context) -> Bound:
+    """A latency that no policy at this model, precision and trace can beat.
+
+    Whatever lives where, a decode step multiplies attention, head and the active FFN units on
+    some agent at its achieved rate, and reads from storage what all memories together cannot
+    hold of them. Constants per op are left out, so this is below every schedule.
+    """
+    model, workload = context.model, context.workload
+    a = model.architecture
+    active = 1.0 if context.trace is None else float(
+        context.table.active_units.mean() / context.table.n_units)
+    e = a.embedding_dim or a.d_model
+    dense_params = model.group("attention").matrix_params + a.vocab * e
+    ffn_params = model.group("ffn").matrix_params * active
+    kv = model.kv_bytes_per_token(workload.kv) * workload.mean_decode_context * workload.batch
+    best: tuple[float, str] | None = None
+    for name, agent in context.device.agent.items():
+        matrix, _ = context.compute_bytes_per_param(name)
+        n_bytes = (dense_params + ffn_params) * matrix + kv
+        moving = n_bytes / (agent.rate.value * agent.rate_share.value)
+        key, peak = arithmetic_peak(agent, name, workload.weights)
+        arithmetic = 2.0 * workload.batch * (dense_params + ffn_params) / (peak * agent.flop_share.value)
+        option = max((moving, f"agent.{name}.rate"), (arithmetic, key))
+        best = option if best is None else min(best, option)
+    assert best is not None
+    storage, link = context.storage_link
+    room = sum(v for k, v in context.budget_bytes.items() if k != context.device.storage)
+    stored = (dense_params + ffn_params) * context.unit_bytes / model.unit_params
+    reading = max(stored - room, 0.0) / link.rate.value
+    if reading > best[0]:
+        best = (reading, f"link.{storage}.rate")
+    return Bound(token_latency_s=best[0], resource=best[1])
+
+
+def _column(took: Durations, index: int) -> Durations:
+    which = slice(index, index + 1)
+    return Durations(took.occupancy_s[:, which], took.latency_s[:, which])
+
+
+def schedule_of(candidate: Candidate, row: int) -> Schedule:
+    """The decode schedule of one trace token."""
+    return cast(Schedule, candidate.policy.decode(candidate.context, candidate.block, np.array([row])))

@@ -1,0 +1,176 @@
+"""What is a policy? A rule for what lives where and what moves when, with knobs.
+
+A policy turns (model, device, workload, trace, a block of knob values) into a Schedule, and says
+what it keeps in each tier. It is written once, in numpy, over a block of candidates. Knobs are
+*structural* (they change the ops or who runs them: one block per value) or *demand* (they only
+change amounts: columns of one block).
+
+To add one: a module in this folder (or another distribution's entry point in the group
+`simmem.policies`) with a class and `@register`; `check_policy` must pass.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmem.errors import SpecError, UnknownNameError
+from simmem.policy.context import Context
+from simmem.schedule import Schedule
+
+__all__ = ["Block", "Knob", "KnobValue", "Placement", "Policy", "policies", "policy_named", "register"]
+
+Array = NDArray[np.float64]
+KnobValue = bool | int | float | str
+
+
+@dataclass(frozen=True)
+class Knob:
+    """One thing a policy lets the planner choose.
+
+    `values` is the grid that is searched for a given context; `default` is what a published
+    configuration that does not mention the knob means, None where it has to be searched.
+    """
+
+    name: str
+    kind: Literal["structural", "demand"]
+    values: tuple[KnobValue, ...]
+    help: str
+    default: KnobValue | None = None
+    low: float | None = None
+    high: float | None = None
+
+    def parse(self, given: object) -> KnobValue:
+        """A value from the command line or a file, checked against the knob's type and range."""
+        wanted = self.values[0]
+        value: KnobValue
+        if isinstance(wanted, bool):
+            table = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
+            key = str(given).lower()
+            if key not in table:
+                raise SpecError(f"found {given!r}, expected true or false", key=self.name)
+            value = table[key]
+        elif isinstance(wanted, (int, float)):
+            try:
+                number = float(str(given))
+            except ValueError:
+                raise SpecError(f"found {given!r}, expected a number", key=self.name) from None
+            if isinstance(wanted, int) and number != int(number):
+                raise SpecError(f"found {given!r}, expected a whole number", key=self.name)
+            if not (self.low if self.low is not None else -1e300) <= number <= (
+                    self.high if self.high is not None else 1e300):
+                raise SpecError(f"found {given!r}, expected a value from {self.low:g} to {self.high:g}", key=self.name)
+            value = int(number) if isinstance(wanted, int) else number
+        else:
+            if given not in self.values:
+                raise SpecError(f"found {given!r}, expected one of {', '.join(map(str, self.values))}", key=self.name)
+            value = str(given)
+        return value
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Some tensors of the model and the tier they live in. [B]"""
+
+    tensors: str
+    tier: str
+    bytes: float
+    loaded: bool = False
+    """Weights that have to be read from storage once, before the first token."""
+
+
+@dataclass(frozen=True)
+class Block:
+    """Candidates that share their structure: structural values, and a column per demand knob."""
+
+    structural: Mapping[str, KnobValue]
+    columns: Mapping[str, NDArray[Any]]
+
+    @property
+    def n_candidates(self) -> int:
+        return len(next(iter(self.columns.values()))) if self.columns else 1
+
+    def knobs(self, index: int) -> dict[str, KnobValue]:
+        """All knob values of one candidate as plain Python values."""
+        picked = {k: v[index] for k, v in self.columns.items()}
+        return {**self.structural, **{k: v.item() if hasattr(v, "item") else v for k, v in picked.items()}}
+
+    def only(self, which: NDArray[np.int64]) -> Block:
+        """Some of the candidates."""
+        return Block(self.structural, {k: v[which] for k, v in self.columns.items()})
+
+
+@runtime_checkable
+class Policy(Protocol):
+    """What the planner asks of a policy. All arrays have the candidate axis last."""
+
+    name: str
+    summary: str
+    uses_trace: bool
+
+    def knobs(self, context: Context) -> tuple[Knob, ...]:
+        """Its knobs for this context; () of values where it does not apply at all."""
+
+    def footprint(self, context: Context, block: Block) -> dict[str, Array]:
+        """Bytes each tier holds at its fullest, tier → (n_candidates,). [B]"""
+
+    def decode(self, context: Context, block: Block, rows: NDArray[np.int64]) -> Schedule:
+        """The schedule of a decode step; columns are candidates × trace rows, rows fastest."""
+
+    def prefill(self, context: Context, block: Block) -> Schedule:
+        """The schedule of the prompt; one column per candidate."""
+
+    def placements(self, context: Context, block: Block) -> list[Placement]:
+        """What lives where, for a block of one candidate."""
+
+    def report(self, context: Context, block: Block, rows: NDArray[np.int64]) -> dict[str, Any]:
+        """For a block of one candidate: `requested_bytes`, `cache`, `active_share`, `notes`, `perplexity_ratio`."""
+
+
+_REGISTRY: dict[str, Policy] = {}
+
+
+def register(kind: type[Any]) -> type[Any]:
+    """Class decorator: make a policy known under its name."""
+    one = kind()
+    if one.name in _REGISTRY:
+        raise SpecError(f"two policies are named {one.name!r}")
+    _REGISTRY[one.name] = one
+    return kind
+
+
+@cache
+def _load_all() -> None:
+    package = importlib.import_module("simmem.policy.families")
+    for module in pkgutil.iter_modules(package.__path__):
+        if module.name.startswith("_"):
+            continue
+        before = len(_REGISTRY)
+        importlib.import_module(f"{package.__name__}.{module.name}")
+        if len(_REGISTRY) == before:
+            raise SpecError(f"the policy module {module.name} registers nothing")
+    from importlib.metadata import entry_points
+
+    for point in entry_points(group="simmem.policies"):
+        point.load()
+
+
+def policies() -> dict[str, Policy]:
+    """Every known policy by name."""
+    _load_all()
+    return dict(_REGISTRY)
+
+
+def policy_named(name: str) -> Policy:
+    """One policy by name; UnknownNameError with close matches otherwise."""
+    known = policies()
+    if name not in known:
+        raise UnknownNameError("policy", name, known)
+    return known[name]

@@ -1,0 +1,145 @@
+"""What does a policy know when it lays out a schedule, and what must any of them hold in memory?"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmem.spec.device import Agent, Device, Link
+from simmem.spec.model import Model
+from simmem.spec.precision import matrix_bytes_per_param, vector_bytes_per_param
+from simmem.spec.workload import Workload
+from simmem.trace.replay import WindowTable, run_table, window_table
+from simmem.trace.trace import Trace
+
+__all__ = ["MAX_WINDOW", "Context", "Replayed"]
+
+Array = NDArray[np.float64]
+
+MAX_WINDOW = 32
+"""Longest sliding window that is searched. [tokens]"""
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """A trace and what its replay counted; shared by every context that plans with it."""
+
+    trace: Trace
+
+    @cached_property
+    def table(self) -> WindowTable:
+        """Active, held and new units under every window up to MAX_WINDOW."""
+        return window_table(self.trace, min(MAX_WINDOW, self.trace.header.n_tokens // 3))
+
+    @cached_property
+    def _runs(self) -> dict[tuple[int, tuple[int, ...]], tuple[NDArray[np.int64], NDArray[np.int64]]]:
+        return {}
+
+    def runs(self, rows: NDArray[np.int64], gap_units: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(requests, units read) of merged reads for table rows; each (n_rows, n_layers, window + 1)."""
+        key = (gap_units, tuple(rows.tolist()))
+        if key not in self._runs:
+            self._runs[key] = run_table(self.trace, self.table.tokens[rows], self.table.max_window, gap_units)
+        return self._runs[key]
+
+
+@dataclass(frozen=True)
+class Context:
+    """Model, device, workload and trace, with the bytes each tier may hold."""
+
+    device: Device
+    model: Model
+    workload: Workload
+    replayed: Replayed | None
+    budget_bytes: Mapping[str, float]
+
+    # --- device -----------------------------------------------------------------------------
+
+    def memory_of(self, agent: str) -> str:
+        """The tier an agent computes out of."""
+        return self.device.agent[agent].memory
+
+    def path_to(self, agent: str) -> tuple[str, ...]:
+        """Links from storage to an agent's memory."""
+        return self.device.path(self.device.storage, self.memory_of(agent))
+
+    @cached_property
+    def storage_link(self) -> tuple[str, Link]:
+        """Name and description of the link out of storage."""
+        name = next(n for n, k in self.device.link.items() if k.source == self.device.storage)
+        return name, self.device.link[name]
+
+    @cached_property
+    def host_agent(self) -> str | None:
+        """An agent that computes out of host memory (the CPU), if there is one."""
+        host = [n for n, a in self.device.agent.items() if a.memory == self.device.host]
+        return "cpu" if "cpu" in host else (host[0] if host else None)
+
+    # --- weights ----------------------------------------------------------------------------
+
+    @cached_property
+    def group_bytes(self) -> dict[str, float]:
+        """Stored bytes of each tensor group at the workload's precision. [B]"""
+        return {g.name: g.bytes_at(self.workload.weights) for g in self.model.groups()}
+
+    @cached_property
+    def total_bytes(self) -> float:
+        return sum(self.group_bytes.values())
+
+    @cached_property
+    def layer_bytes(self) -> float:
+        """Attention and FFN weights of one layer. [B]"""
+        n = self.model.architecture.n_layers
+        return (self.group_bytes["attention"] + self.group_bytes["ffn"]) / n
+
+    @cached_property
+    def head_bytes(self) -> float:
+        """Weights the output projection multiplies; the embedding's own where the head is tied. [B]"""
+        return self.group_bytes["embedding"] if self.model.architecture.tied_head else self.group_bytes["head"]
+
+    @cached_property
+    def unit_bytes(self) -> float:
+        """Stored bytes of one FFN neuron. [B]"""
+        return self.model.unit_bytes(self.workload.weights)
+
+    def compute_bytes_per_param(self, agent: str) -> tuple[float, float]:
+        """Bytes (matrix, vector) a parameter costs to read in the multiply on an agent. [B]"""
+        precision = self.device.agent[agent].compute_precision or self.workload.weights
+        return matrix_bytes_per_param(precision), vector_bytes_per_param(precision)
+
+    # --- what every policy holds --------------------------------------------------------------
+
+    @cached_property
+    def kv_bytes(self) -> float:
+        """Keys and values of the longest context. [B]"""
+        return self.model.kv_bytes_per_token(self.workload.kv) * self.workload.context_tokens * self.workload.batch
+
+    @cached_property
+    def working_bytes(self) -> float:
+        """Activations of the prompt through one layer, and one row of logits, in fp32. [B]"""
+        a, w = self.model.architecture, self.workload
+        return 4.0 * w.batch * (w.prompt_tokens * (4 * a.d_model + (2 if a.gated else 1) * a.d_ff) + a.vocab)
+
+    # --- the trace ----------------------------------------------------------------------------
+
+    @property
+    def trace(self) -> Trace | None:
+        return self.replayed.trace if self.replayed else None
+
+    @property
+    def table(self) -> WindowTable:
+        """Counts of the trace's replay; only for a context that has one."""
+        assert self.replayed is not None
+        return self.replayed.table
+
+    def runs(self, rows: NDArray[np.int64], gap_units: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """See `Replayed.runs`."""
+        assert self.replayed is not None
+        return self.replayed.runs(rows, gap_units)
+
+    def agent(self, name: str) -> Agent:
+        return self.device.agent[name]

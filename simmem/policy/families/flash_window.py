@@ -1,0 +1,292 @@
+"""LLM in a flash: attention stays, predicted FFN neurons of the last k tokens stay, new ones are read.
+
+Alizadeh et al., arXiv 2312.11514 (ACL 2024), §3: selective persistence of embeddings and
+attention, a predictor per layer, a sliding window over tokens, and row-column bundling, so that
+a neuron is one read of 2·d_model (3·d_model when gated) parameters. Bytes come from replaying
+the trace, never from a formula.
+
+The FFN multiplies every row that is held, not only the predicted ones: the rows are one dense
+matrix. Upkeep follows the paper's Appendix: deleting a row moves the last row into its place and
+a new row is appended, two row copies a new row, each read once and written once.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmem.policy.base import Block, Knob, KnobValue, Placement, register
+from simmem.policy.context import Context
+from simmem.policy.families._dense import READER_THREADS, agent_knob
+from simmem.policy.layers import STREAM_CHUNK_BYTES, Demands, UnitDemands, decode_schedule, prefill_schedule
+from simmem.schedule import Schedule
+from simmem.trace.replay import shrink_to_capacity
+
+__all__ = ["FlashWindow"]
+
+Array = NDArray[np.float64]
+
+WINDOWS = (0, 1, 2, 3, 4, 5, 6, 8, 10, 12, 16, 20, 24, 32)
+"""Windows that are searched; any whole number up to the largest may be set. [tokens]"""
+
+TRAFFIC_PER_NEW_BYTE = 4.0
+"""Two row copies per new row (append, fill the hole), each a read and a write."""
+
+
+@dataclass(frozen=True)
+class _Cache:
+    """Cache counts of the distinct (window, room) pairs of a block.
+
+    new_units, held_units and window are (n_states, n_rows, n_layers) over all table rows; `state`
+    (n_candidates,) says which of them a candidate is in. `window` is the one that decided the
+    hits of a token, below the knob's where the budget binds.
+    """
+
+    new_units: NDArray[np.int64]
+    held_units: NDArray[np.int64]
+    window: NDArray[np.int64]
+    state: NDArray[np.int64]
+    rows_bytes: Array
+    """Preallocated for the cache, (n_candidates,). [B]"""
+
+
+@register
+class FlashWindow:
+    """Windowed, bundled reads of predicted neurons from storage."""
+
+    name = "flash-window"
+    summary = "attention resident, neurons of recent tokens cached, new ones read in bundles"
+    uses_trace = True
+
+    def knobs(self, context: Context) -> tuple[Knob, ...]:
+        if context.trace is None:
+            return ()
+        own = context.trace.header.predictor
+        predictors: tuple[KnobValue, ...] = (own, "none") if own != "none" else ("none",)
+        return (
+            agent_knob(context),
+            Knob("prefetch_layers", "structural", (0, 1, 2), "layers the predictor looks ahead", default=0,
+                 low=0, high=8),
+            Knob("predictor", "structural", predictors, "how units are known before they are read", default=own),
+            Knob("bundled", "demand", (True, False), "rows and columns of a neuron stored side by side", default=True),
+            Knob("coalesce", "demand", (False, True), "merge reads whose gap costs less than a request",
+                 default=False),
+            Knob("window_tokens", "demand", tuple(k for k in WINDOWS if k <= context.table.max_window),
+                 "tokens whose neurons stay cached", low=0, high=context.table.max_window),
+            Knob("attention_resident", "demand", (1.0, 0.75, 0.5, 0.25, 0.0),
+                 "share of embeddings and attention that stays resident", default=1.0, low=0.0, high=1.0),
+            Knob("reader_threads", "demand", READER_THREADS, "reads in flight", default=32, low=1, high=1024),
+        )
+
+    # --- memory ---------------------------------------------------------------------------------
+
+    def _fixed(self, context: Context, block: Block) -> Array:
+        """Everything in fast memory but the neuron cache and the buffers of units, (n_candidates,). [B]"""
+        share = block.columns["attention_resident"].astype(np.float64)
+        ffn = context.model.group("ffn")
+        dense = context.total_bytes - context.unit_bytes * ffn.matrix_params / context.model.unit_params
+        layer, head = self._streamed(context, block)
+        buffers = int(block.structural["prefetch_layers"]) + 1
+        return np.asarray(share * dense + self._predictor_bytes(context, block) + context.kv_bytes
+                          + context.working_bytes + buffers * np.maximum(layer, head))
+
+    def _streamed(self, context: Context, block: Block) -> tuple[Array, Array]:
+        share = 1.0 - block.columns["attention_resident"].astype(np.float64)
+        return share * context.group_bytes["attention"] / context.model.architecture.n_layers, share * context.head_bytes
+
+    def _predictor_bytes(self, context: Context, block: Block) -> float:
+        if block.structural["predictor"] in ("none", "oracle"):
+            return 0.0
+        assert context.trace is not None
+        return context.trace.header.predictor_params_share * context.total_bytes
+
+    def _slot_bytes(self, context: Context, bundled: bool) -> tuple[float, int]:
+        """Bytes one read of a neuron occupies in the file, and reads a neuron takes."""
+        link = context.storage_link[1]
+        block_bytes = link.block.value if link.block else 1.0
+        parts = 1 if bundled else context.model.unit_matrices
+        size = context.unit_bytes / parts
+        return float(np.ceil(size / block_bytes) * block_bytes), parts
+
+    def _staging(self, context: Context, block: Block) -> Array:
+        """Buffers for one layer's new units, per layer that is ahead, (n_candidates,). [B]"""
+        # As many as a token can touch in one layer: where the budget binds, a token may find nothing cached.
+        everything = block.structural["predictor"] == "none"
+        worst = float(context.table.n_units if everything else context.table.active_units.max())
+        slots = np.array([np.multiply(*self._slot_bytes(context, bool(b))) for b in block.columns["bundled"]])
+        return np.asarray((int(block.structural["prefetch_layers"]) + 1) * worst * slots)
+
+    def _cache(self, context: Context, block: Block) -> _Cache:
+        """Replay every (window, room) pair that occurs in the block once."""
+        table = context.table
+        windows = block.columns["window_tokens"].astype(np.int64)
+        fast = context.memory_of(str(block.structural["agent"]))
+        room = context.budget_bytes[fast] - self._fixed(context, block) - self._staging(context, block)
+        peaks = table.held_units.max(axis=0).astype(np.float64)  # (layers, K+1)
+        need = peaks.sum(axis=0)[windows] * context.unit_bytes
+        fits = np.minimum(np.maximum(room, 0.0), need)
+        if block.structural["predictor"] == "none":  # nothing is predicted, so everything is read and nothing kept
+            whole = np.full((1, *table.active_units.shape), table.n_units)
+            return _Cache(whole, whole, np.zeros_like(whole), np.zeros(len(windows), np.int64), np.zeros(len(windows)))
+        pairs, state = np.unique(np.stack([windows, fits]), axis=1, return_inverse=True)
+        new, held, used, kept = [], [], [], []
+        for k, have in zip(pairs[0].astype(int).tolist(), pairs[1].tolist(), strict=True):
+            wanted = float(peaks[:, k].sum() * context.unit_bytes)
+            if k == 0:  # nothing is kept: units live in the read buffer while their layer runs
+                new.append(table.active_units)
+                held.append(table.active_units)
+                used.append(np.zeros_like(table.active_units))
+                kept.append(0.0)
+            elif have >= wanted:
+                new.append(table.new_units[:, :, k])
+                held.append(table.held_units[:, :, k])
+                used.append(np.full_like(table.active_units, k))
+                kept.append(wanted)
+            else:
+                capacity = np.floor(peaks[:, k] * (have / wanted))
+                shrunk = shrink_to_capacity(table, k, capacity)
+                new.append(shrunk.new_units)
+                held.append(shrunk.held_units)
+                used.append(shrunk.window)
+                kept.append(float(capacity.sum() * context.unit_bytes))
+        return _Cache(np.array(new), np.array(held), np.array(used), state.reshape(-1), np.array(kept)[state].reshape(-1))
+
+    def footprint(self, context: Context, block: Block) -> dict[str, Array]:
+        fast = context.memory_of(str(block.structural["agent"]))
+        staging = self._staging(context, block)
+        used = {fast: self._fixed(context, block) + staging + self._cache(context, block).rows_bytes,
+                context.device.storage: np.full(block.n_candidates, context.total_bytes)}
+        if fast != context.device.host:
+            layer, head = self._streamed(context, block)
+            buffers = int(block.structural["prefetch_layers"]) + 1
+            used[context.device.host] = staging + buffers * np.maximum(layer, head)
+        return used
+
+    # --- demand ---------------------------------------------------------------------------------
+
+    def _reads(self, context: Context, block: Block, cache: _Cache, rows: NDArray[np.int64]) -> tuple[Array, Array]:
+        """Requests and bytes read, each (n_candidates, n_rows, n_layers)."""
+        link = context.storage_link[1]
+        assert link.request_time is not None and link.request_rate is not None
+        free_gap = link.request_time.value * link.request_rate.value
+        none = block.structural["predictor"] == "none"
+        t, layers = np.arange(len(rows))[:, None], np.arange(cache.new_units.shape[2])[None, :]
+        how = np.stack([cache.state, block.columns["bundled"].astype(np.int64),
+                        block.columns["coalesce"].astype(np.int64)])
+        ways, which = np.unique(how, axis=1, return_inverse=True)
+        requests, read = [], []
+        for state, bundled, coalesce in ways.T.tolist():
+            slot, parts = self._slot_bytes(context, bool(bundled))
+            units = cache.new_units[state][rows].astype(np.float64)
+            if none:
+                requests.append(np.ceil(units * parts * slot / STREAM_CHUNK_BYTES))
+            elif coalesce:
+                n_runs, spanned = context.runs(rows, int(free_gap // slot))
+                pick = cache.window[state][rows]
+                requests.append(n_runs[t, layers, pick].astype(np.float64) * parts)
+                units = spanned[t, layers, pick].astype(np.float64)
+            else:
+                requests.append(units * parts)
+            read.append(units * parts * slot)
+        which = which.reshape(-1)
+        return np.array(requests)[which], np.array(read)[which]
+
+    def _demands(self, context: Context, block: Block, rows: NDArray[np.int64]) -> Demands:
+        cache = self._cache(context, block)
+        requests, read = self._reads(context, block, cache, rows)
+        new = cache.new_units[:, rows].astype(np.float64)[cache.state]
+        # A token multiplies at least what it uses, also where its units do not fit the cache.
+        held = np.maximum(cache.held_units[:, rows], context.table.active_units[rows]).astype(np.float64)[cache.state]
+        kept = (block.columns["window_tokens"] > 0)[:, None, None] & (block.structural["predictor"] != "none")
+
+        def columns(x: Array) -> Array:  # (candidates, rows, layers) → (layers, candidates × rows)
+            return np.ascontiguousarray(x.transpose(2, 0, 1).reshape(x.shape[2], -1))
+
+        new_bytes = new * context.unit_bytes
+        layer, head = self._streamed(context, block)
+        n = len(rows)
+        fast = context.memory_of(str(block.structural["agent"]))
+        assert context.trace is not None
+        params = 0.0
+        if block.structural["predictor"] not in ("none", "oracle"):
+            params = (context.trace.header.predictor_params_share * context.model.params
+                      / context.model.architecture.n_layers)
+        buffers = int(block.structural["prefetch_layers"]) + 1
+        held_bytes = self._fixed(context, block) - buffers * np.maximum(layer, head) + cache.rows_bytes
+        return Demands(
+            agent=str(block.structural["agent"]), prefetch=int(block.structural["prefetch_layers"]),
+            source=context.device.storage, depth=np.repeat(block.columns["reader_threads"].astype(np.float64), n),
+            layer_stream_bytes=np.repeat(layer, n), head_stream_bytes=np.repeat(head, n),
+            held_bytes={fast: np.repeat(held_bytes, n)},
+            units=UnitDemands(
+                requests=columns(requests), read_bytes=columns(read),
+                upkeep_bytes=columns(np.where(kept, TRAFFIC_PER_NEW_BYTE * new_bytes, 0.0)), rows=columns(held),
+                predictor_params=params))
+
+    def decode(self, context: Context, block: Block, rows: NDArray[np.int64]) -> Schedule:
+        return decode_schedule(context, self._demands(context, block, rows))
+
+    def prefill(self, context: Context, block: Block) -> Schedule:
+        layer, head = self._streamed(context, block)
+        ffn = context.group_bytes["ffn"] / context.model.architecture.n_layers
+        fast = context.memory_of(str(block.structural["agent"]))
+        return prefill_schedule(context, Demands(
+            agent=str(block.structural["agent"]), prefetch=int(block.structural["prefetch_layers"]),
+            source=context.device.storage, depth=block.columns["reader_threads"].astype(np.float64),
+            layer_stream_bytes=layer + ffn, head_stream_bytes=head, held_bytes={fast: self._fixed(context, block)}))
+
+    # --- what to tell ---------------------------------------------------------------------------
+
+    def placements(self, context: Context, block: Block) -> list[Placement]:
+        fast = context.memory_of(str(block.structural["agent"]))
+        share = float(block.columns["attention_resident"][0])
+        ffn_units = context.unit_bytes * context.model.group("ffn").matrix_params / context.model.unit_params
+        dense = context.total_bytes - ffn_units
+        cache = self._cache(context, block)
+        layer, head = self._streamed(context, block)
+        buffers = int(block.structural["prefetch_layers"]) + 1
+        staging = float(self._staging(context, block)[0] + buffers * max(layer[0], head[0]))
+        found = [
+            Placement("embeddings, attention, norms", fast, share * dense, loaded=True),
+            Placement("embeddings and attention, streamed share", context.device.storage, (1 - share) * dense),
+            Placement("predictor", fast, self._predictor_bytes(context, block), loaded=True),
+            Placement("FFN neurons, cached window", fast, float(cache.rows_bytes[0])),
+            Placement("FFN neurons", context.device.storage, ffn_units),
+            Placement("read buffers", fast, staging),
+            Placement("keys and values", fast, context.kv_bytes),
+            Placement("activations", fast, context.working_bytes),
+        ]
+        return [p for p in found if p.bytes > 0]
+
+    def report(self, context: Context, block: Block, rows: NDArray[np.int64]) -> dict[str, Any]:
+        cache = self._cache(context, block)
+        trace = context.trace
+        assert trace is not None
+        none = block.structural["predictor"] == "none"
+        new = cache.new_units[0][rows].sum(axis=1).astype(np.float64)
+        asked = cache.new_units[0][rows].sum(axis=1) if none else context.table.active_units[rows].sum(axis=1)
+        layer, head = self._streamed(context, block)
+        requested = float(new.mean() * context.unit_bytes + layer[0] * context.model.architecture.n_layers + head[0])
+        knob = int(block.columns["window_tokens"][0])
+        mean_window = float(cache.window[0][rows].mean())
+        notes = []
+        if not none and mean_window < knob:
+            notes.append(f"the budget binds: the window shrinks from {knob} to {mean_window:.1f} tokens on average")
+        if block.structural["predictor"] == "oracle":
+            notes.append("the trace's criterion is an oracle: no predictor knew these units before they were read, "
+                         "so a real engine will be slower")
+        quality = trace.header.quality
+        return {
+            "requested_bytes": requested,
+            "cache": {"ffn": {"hit_ratio": float(1 - new.sum() / asked.sum()),
+                              "bytes_per_token": float(new.mean() * context.unit_bytes)}},
+            "active_share": {str(block.structural["agent"]): 1.0},
+            "notes": notes,
+            "perplexity_ratio": 1.0 if none else (quality.perplexity_ratio if quality else None),
+            "quality_source": "dense: no work is dropped" if none else (
+                f"{quality.text}, {quality.tokens} tokens" if quality else None),
+            "held_share": float(cache.held_units[0][rows].mean() / context.table.n_units),
+        }

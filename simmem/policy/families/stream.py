@@ -1,0 +1,62 @@
+"""A share of every layer is resident, the rest is read again for every token ("hybrid" in LLM in a flash)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmem.policy.base import Block, Knob, Placement, register
+from simmem.policy.context import Context
+from simmem.policy.families._dense import (
+    READER_THREADS,
+    agent_knob,
+    dense_demands,
+    dense_footprint,
+    dense_placements,
+    dense_report,
+)
+from simmem.policy.layers import decode_schedule, prefill_schedule
+from simmem.schedule import Schedule
+
+__all__ = ["Stream"]
+
+RATIO_STEP = 1 / 64
+"""Grid of the resident share; the largest share that fits the budget is added to it."""
+
+
+@register
+class Stream:
+    """Dense streaming with part of the weights resident."""
+
+    name = "stream"
+    summary = "a share of every layer resident, the rest read again for every token"
+    uses_trace = False
+
+    def knobs(self, context: Context) -> tuple[Knob, ...]:
+        tiers: tuple[str, ...] = ("storage",) if context.device.is_unified else ("storage", "host")
+        return (
+            agent_knob(context),
+            Knob("source_tier", "structural", tiers, "where streamed weights come from", default="storage"),
+            Knob("prefetch_layers", "structural", (0, 1, 2), "stages read ahead of the compute", default=0,
+                 low=0, high=8),
+            Knob("resident_ratio", "demand", tuple(np.arange(0, 1, RATIO_STEP).tolist()),
+                 "share of the weights that stays resident", low=0.0, high=1.0),
+            Knob("reader_threads", "demand", READER_THREADS, "reads in flight", default=32, low=1, high=1024),
+        )
+
+    def footprint(self, context: Context, block: Block) -> dict[str, NDArray[np.float64]]:
+        return dense_footprint(context, block)
+
+    def decode(self, context: Context, block: Block, rows: NDArray[np.int64]) -> Schedule:
+        return decode_schedule(context, dense_demands(context, block, len(rows)))
+
+    def prefill(self, context: Context, block: Block) -> Schedule:
+        return prefill_schedule(context, dense_demands(context, block))
+
+    def placements(self, context: Context, block: Block) -> list[Placement]:
+        return dense_placements(context, block)
+
+    def report(self, context: Context, block: Block, rows: NDArray[np.int64]) -> dict[str, Any]:
+        return dense_report(context, block)

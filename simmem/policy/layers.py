@@ -1,0 +1,292 @@
+"""Which ops make up a decode step and a prefill, layer by layer? The one builder of all families here.
+
+Per layer: (read streamed weights → copy) → attention → predictor → (read units → copy) → upkeep → FFN.
+After the last layer the output projection is one more stage of the same pipeline. A policy only
+fills in the demands; what it does not demand takes no time.
+
+Streamed weights are known in advance: their read waits only for a free buffer, that is for the
+compute of the stage `prefetch + 1` before, across the end of a token too. Predicted units of
+layer l need the predictor, which runs on the attention output of layer l − prefetch (0: of the
+layer itself, as in LLM in a flash, §3.1).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmem.policy.context import Context
+from simmem.schedule import DemandClass, OpKind, Phase, Schedule, ScheduleBuilder
+
+__all__ = ["STREAM_CHUNK_BYTES", "Demands", "UnitDemands", "decode_schedule", "prefill_schedule"]
+
+Array = NDArray[np.float64]
+
+STREAM_CHUNK_BYTES = 4.0 * (1 << 20)
+"""Request size of streamed weights: large enough for the sequential rate of every device here. [B]"""
+
+ATTENTION_KERNELS = 8
+"""norm, q, k, v, position, attention, output, residual: what a plain decoder launches. [kernels]"""
+FFN_KERNELS = 5
+"""norm, up, activation, down, residual; a gated FFN launches two more (gate, product). [kernels]"""
+
+
+@dataclass(frozen=True)
+class UnitDemands:
+    """Predicted units of a decode step, arrays (n_layers, n_columns)."""
+
+    requests: Array
+    read_bytes: Array
+    """What storage moves, alignment and bridged gaps included. [B]"""
+    upkeep_bytes: Array
+    """Memory traffic of rearranging the cache. [B]"""
+    rows: Array
+    """Units the FFN multiplies."""
+    predictor_params: float
+    """Parameters of one layer's predictor."""
+
+
+@dataclass(frozen=True)
+class Demands:
+    """What a block of candidates asks of a decode step or a prefill; arrays are (n_columns,)."""
+
+    agent: str
+    prefetch: int
+    source: str
+    """Tier that streamed weights come from."""
+    depth: Array
+    layer_stream_bytes: Array
+    head_stream_bytes: Array
+    held_bytes: Mapping[str, Array]
+    """Kept in each tier throughout, staging buffers apart. [B]"""
+    units: UnitDemands | None = None
+
+
+class _Ops:
+    """Demand classes that both phases share."""
+
+    def __init__(self, context: Context, demands: Demands, n_columns: int) -> None:
+        self.context, self.demands = context, demands
+        device = context.device
+        self.memory = context.memory_of(demands.agent)
+        self.hops = device.path(demands.source, self.memory)
+        streams = [f"link.{n}" for n in device.link] + list(device.agent)
+        self.builder = ScheduleBuilder(n_columns, streams)
+
+    def move(self, name: str, n_bytes: Array, requests: Array, hops: tuple[str, ...],
+             staged: Array | float = 0.0, *, from_trace: bool = False) -> list[tuple[int, str]]:
+        """A demand class for each hop; returns (class, stream) pairs in order."""
+        found = []
+        device = self.context.device
+        for index, hop in enumerate(hops):
+            link = device.link[hop]
+            amounts: dict[str, float | Array] = {f"link.{hop}": n_bytes, f"memory.{link.target}": n_bytes}
+            if link.kind == "copy":
+                amounts[f"memory.{link.source}"] = n_bytes
+            kind = OpKind.IO if link.kind == "storage" else OpKind.TRANSFER
+            last = index == len(hops) - 1
+            found.append((self.builder.demand(
+                DemandClass(f"{name}.{hop}", kind, link=hop, from_trace=from_trace),
+                requests=requests if link.kind == "storage" else np.where(n_bytes > 0, 1.0, 0.0),
+                depth=self.demands.depth, bytes=amounts,
+                acquire={link.target: staged if last else n_bytes},
+                release={link.source: n_bytes} if index else {},
+            ), f"link.{hop}"))
+        return found
+
+    def compute(self, name: str, kind: OpKind, agent: str, flop: Array | float, n_bytes: Array | float,
+                kernels: Array | float, release: Mapping[str, Array | float] | None = None, *,
+                from_trace: bool = False) -> tuple[int, str]:
+        memory = self.context.memory_of(agent)
+        return self.builder.demand(
+            DemandClass(name, kind, agent=agent, precision=self.context.workload.weights,
+                        from_trace=from_trace),
+            flop=flop, requests=kernels, bytes={f"memory.{memory}": n_bytes}, release=release), agent
+
+
+def decode_schedule(context: Context, demands: Demands) -> Schedule:
+    """Ops of a decode step in steady state.
+
+    With prefetch the reads of a step begin during the one before, so the schedule holds two
+    steps and times the second.
+    """
+    model, workload = context.model, context.workload
+    a, batch, agent = model.architecture, workload.batch, demands.agent
+    n_columns = len(demands.depth)
+    ops = _Ops(context, demands, n_columns)
+    matrix, vector = context.compute_bytes_per_param(agent)
+    layers = a.n_layers
+    attention, ffn = model.group("attention"), model.group("ffn")
+    norm_params = model.group("norms").vector_params / (layers * a.norms_per_layer + 1)
+
+    def weights(matrices: float, vectors: float) -> float:
+        return matrices * matrix + vectors * vector
+
+    def reads(name: str, n_bytes: Array) -> list[tuple[int, str]]:
+        requests = np.ceil(n_bytes / STREAM_CHUNK_BYTES)
+        return ops.move(name, n_bytes, requests, ops.hops, n_bytes)
+
+    stream_layer = reads("weights", demands.layer_stream_bytes)
+    stream_head = reads("head weights", demands.head_stream_bytes)
+    release_layer = {ops.memory: demands.layer_stream_bytes}
+
+    kv_read = model.kv_bytes_per_token(workload.kv) / layers * workload.mean_decode_context * batch
+    wide = a.n_heads * a.d_head
+    attend = ops.compute(
+        "attention", OpKind.COMPUTE, agent,
+        batch * (2.0 * attention.matrix_params / layers + 4.0 * workload.mean_decode_context * wide),
+        weights(attention.matrix_params / layers, attention.vector_params / layers + norm_params) + kv_read,
+        ATTENTION_KERNELS)
+    ffn_kernels = FFN_KERNELS + (2 if a.gated else 0)
+    ffn_vectors = ffn.vector_params / layers + norm_params
+    units = demands.units
+    predict: tuple[int, str] | None = None
+    unit_moves: list[list[tuple[int, str]]] = []
+    upkeep: list[tuple[int, str]] = []
+    feed: list[tuple[int, str]] = []
+    if units is None:
+        n_bytes = weights(ffn.matrix_params / layers, ffn_vectors)
+        feed = [ops.compute("ffn", OpKind.COMPUTE, agent, 2.0 * batch * ffn.matrix_params / layers, n_bytes,
+                            ffn_kernels, release_layer)] * layers
+    else:
+        if units.predictor_params:
+            predict = ops.compute("predictor", OpKind.PREDICTOR, agent, 2.0 * batch * units.predictor_params,
+                                  weights(units.predictor_params, 0), 2)
+        # Rows are rearranged where they live: by the CPU in unified memory, by the GPU in its own.
+        keeper = context.host_agent if ops.memory == context.device.host and context.host_agent else agent
+        unit_hops = context.path_to(agent)
+        for layer in range(layers):
+            unit_moves.append(ops.move("units", units.read_bytes[layer], units.requests[layer], unit_hops,
+                                       units.read_bytes[layer], from_trace=True))
+            upkeep.append(ops.compute("upkeep", OpKind.MEMORY, keeper, 0.0, units.upkeep_bytes[layer],
+                                      np.where(units.upkeep_bytes[layer] > 0, 2.0, 0.0), from_trace=True))
+            rows = units.rows[layer]
+            feed.append(ops.compute(
+                "ffn", OpKind.COMPUTE, agent, 2.0 * batch * rows * model.unit_params,
+                rows * model.unit_params * matrix + ffn_vectors * vector, ffn_kernels,
+                {ops.memory: demands.layer_stream_bytes + units.read_bytes[layer]}, from_trace=True))
+    e = a.embedding_dim or a.d_model
+    head_matrices = a.vocab * e + (2 * e * a.d_model if e != a.d_model else 0)
+    head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * batch * head_matrices, weights(head_matrices, a.d_model),
+                       3, {ops.memory: demands.head_stream_bytes})
+    step_overhead = context.agent(agent).step_overhead
+    step = None
+    if step_overhead is not None:  # expressed in kernels, so that one constant rules
+        per_kernel = context.agent(agent).op_overhead.value
+        step = ops.compute("step", OpKind.SYNC, agent, 0.0, 0.0, step_overhead.value / per_kernel)
+
+    builder, p = ops.builder, demands.prefetch
+    computed: list[int] = []  # op that frees a stage's buffer, all tokens in one sequence
+    n_tokens = 2 if p and (demands.layer_stream_bytes.any() or demands.head_stream_bytes.any()) else 1
+    last: int | None = None
+    n_stages = layers + 1
+    fetched: dict[int, int] = {}  # stage number → op after which its streamed weights are there
+
+    def fetch(stage: int) -> None:
+        """Issue the read of a stage once its buffer's last user stands in the program."""
+        if stage in fetched or stage >= n_tokens * n_stages:
+            return
+        where = stage % n_stages
+        moves = stream_head if where == layers else stream_layer
+        free = computed[stage - 1 - p] if stage - 1 - p >= 0 else None
+        op = free
+        for demand, stream in moves:
+            op = builder.op(demand, stream, deps=[op], token=stage // n_stages, layer=where)
+        if op is not None:
+            fetched[stage] = op
+
+    for token in range(n_tokens):
+        predicted: dict[int, int | None] = {}
+        read: dict[int, int | None] = {}
+
+        def look_ahead(layer: int, after: int | None, token: int = token, predicted: dict[int, int | None] = predicted,
+                       read: dict[int, int | None] = read) -> None:
+            op = builder.op(predict[0], predict[1], deps=[after], token=token, layer=layer) if predict else after
+            predicted[layer] = op
+            for demand, stream in unit_moves[layer]:
+                op = builder.op(demand, stream, deps=[op], token=token, layer=layer)
+            read[layer] = op
+
+        if units is not None:
+            for layer in range(min(p, layers)):
+                look_ahead(layer, last)
+        for layer in range(layers):
+            stage = token * n_stages + layer
+            fetch(stage)
+            attended = builder.op(*attend, deps=[last, fetched.get(stage)], token=token, layer=layer)
+            if units is None:
+                fed = builder.op(*feed[layer], deps=[attended], token=token, layer=layer)
+            else:
+                if layer + p < layers:
+                    look_ahead(layer + p, attended)
+                kept = builder.op(*upkeep[layer], deps=[read[layer], predicted[layer]], token=token, layer=layer)
+                fed = builder.op(*feed[layer], deps=[attended, kept], token=token, layer=layer)
+            last = fed
+            computed.append(fed)
+            if p:
+                fetch(stage + p)
+        stage = token * n_stages + layers
+        fetch(stage)
+        last = builder.op(*head, deps=[last, fetched.get(stage)], token=token, layer=layers)
+        computed.append(last)
+        if p:
+            fetch(stage + p)
+        if step is not None:
+            last = builder.op(*step, deps=[last], token=token, layer=layers)
+        builder.end_token(last)
+    return builder.build(demands.held_bytes)
+
+
+def prefill_schedule(context: Context, demands: Demands) -> Schedule:
+    """Ops of the prompt: every layer once over all its tokens; what is not resident is streamed whole.
+
+    A prompt touches most units (the union over its tokens), so the FFN is read sequentially
+    rather than unit by unit; the keys and values are written once.
+    """
+    model, workload = context.model, context.workload
+    a, agent = model.architecture, demands.agent
+    n_columns = len(demands.depth)
+    ops = _Ops(context, demands, n_columns)
+    matrix, vector = context.compute_bytes_per_param(agent)
+    layers, n = a.n_layers, workload.prompt_tokens * workload.batch
+    attention, ffn = model.group("attention"), model.group("ffn")
+    wide = a.n_heads * a.d_head
+    kv = model.kv_bytes_per_token(workload.kv) / layers * n
+
+    def reads(name: str, n_bytes: Array) -> list[tuple[int, str]]:
+        return ops.move(name, n_bytes, np.ceil(n_bytes / STREAM_CHUNK_BYTES), ops.hops, n_bytes)
+
+    stream_layer = reads("weights", demands.layer_stream_bytes)
+    stream_head = reads("head weights", demands.head_stream_bytes)
+    attend = ops.compute(
+        "attention", OpKind.COMPUTE, agent,
+        2.0 * n * attention.matrix_params / layers + 2.0 * n * workload.prompt_tokens * wide,
+        attention.matrix_params / layers * matrix + attention.vector_params / layers * vector + kv, ATTENTION_KERNELS)
+    feed = ops.compute(
+        "ffn", OpKind.COMPUTE, agent, 2.0 * n * ffn.matrix_params / layers,
+        ffn.matrix_params / layers * matrix + ffn.vector_params / layers * vector,
+        FFN_KERNELS + (2 if a.gated else 0), {ops.memory: demands.layer_stream_bytes})
+    e = a.embedding_dim or a.d_model
+    head_matrices = a.vocab * e + (2 * e * a.d_model if e != a.d_model else 0)
+    head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * workload.batch * head_matrices, head_matrices * matrix, 3,
+                       {ops.memory: demands.head_stream_bytes})
+    builder = ops.builder
+    buffers = max(demands.prefetch, 1)
+    computed: list[int] = []
+    last: int | None = None
+    for stage in range(layers + 1):
+        op = computed[stage - 1 - buffers] if stage - 1 - buffers >= 0 else None
+        for demand, stream in stream_head if stage == layers else stream_layer:
+            op = builder.op(demand, stream, deps=[op], phase=Phase.PREFILL, layer=stage)
+        if stage == layers:
+            last = builder.op(*head, deps=[last, op], phase=Phase.PREFILL, layer=stage)
+        else:
+            attended = builder.op(*attend, deps=[last, op], phase=Phase.PREFILL, layer=stage)
+            last = builder.op(*feed, deps=[attended], phase=Phase.PREFILL, layer=stage)
+        computed.append(last)
+    assert last is not None
+    builder.end_token(last)
+    return builder.build(demands.held_bytes)

@@ -1,0 +1,1 @@
+"""The real machine: the only place that imports torch, and only inside functions."""

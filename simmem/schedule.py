@@ -1,0 +1,227 @@
+"""The waist of the hourglass: what has to happen, in which order, and what each step demands.
+
+A policy writes a `Schedule`; cost turns its demands into seconds; analytic and events turn
+seconds into a timeline. Nothing above the waist knows of seconds, nothing below it of policies.
+
+Ops stand in program order. Their structure (class, stream, dependencies) is shared by a block
+of candidates; their demand is a column per candidate, candidate axis last and contiguous.
+
+    start = max(end[deps], free[stream]);  free[stream] = start + occupancy_s
+    end   = free[stream] + latency_s
+
+An op without demand in a candidate takes no time, does not touch its stream, and ends when its
+dependencies end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+import numpy as np
+from numpy.typing import NDArray
+
+__all__ = ["DemandClass", "Durations", "OpKind", "Phase", "Schedule", "ScheduleBuilder"]
+
+Array = NDArray[np.float64]
+
+
+class OpKind(StrEnum):
+    """What an op does; the names are those of the plan's breakdown."""
+
+    IO = "io"
+    TRANSFER = "transfer"
+    MEMORY = "memory"
+    COMPUTE = "compute"
+    PREDICTOR = "predictor"
+    SYNC = "sync"
+
+
+class Phase(StrEnum):
+    PREFILL = "prefill"
+    DECODE = "decode"
+
+
+@dataclass(frozen=True)
+class DemandClass:
+    """Ops that demand the same: who does the work, over which link, at which precision."""
+
+    name: str
+    kind: OpKind
+    agent: str | None = None
+    """Computes on this agent: roofline of its arithmetic and of its memory."""
+    link: str | None = None
+    """Moves over this link: its size × depth surface, or its copy rate."""
+    precision: str = "fp16"
+    """Arithmetic precision of a compute class."""
+    from_trace: bool = False
+    """Its demand scales with how many units the trace activates."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Ops in program order and the demand of each class in each candidate.
+
+    Shapes: op_* are (n_ops,); flop, requests, depth, and every entry of `bytes`, `acquire_bytes`
+    and `release_bytes` are (n_classes, n_candidates). `bytes` is keyed by resource,
+    "memory.<name>" or "link.<name>", and names every resource an op uses at once.
+    """
+
+    streams: tuple[str, ...]
+    classes: tuple[DemandClass, ...]
+    op_class: NDArray[np.int64]
+    op_stream: NDArray[np.int64]
+    op_phase: tuple[Phase, ...]
+    op_token: NDArray[np.int64]
+    op_layer: NDArray[np.int64]
+    deps: tuple[tuple[int, ...], ...]
+    flop: Array
+    requests: Array
+    depth: Array
+    bytes: Mapping[str, Array]
+    acquire_bytes: Mapping[str, Array] = field(default_factory=dict)
+    release_bytes: Mapping[str, Array] = field(default_factory=dict)
+    held_bytes: Mapping[str, Array] = field(default_factory=dict)
+    """What each tier holds before the first op, per candidate, shape (n_candidates,). [B]"""
+    token_ends: tuple[int, ...] = ()
+    """The op that ends each token; the last token is the one that is timed."""
+
+    @property
+    def n_ops(self) -> int:
+        return len(self.op_class)
+
+    @property
+    def n_candidates(self) -> int:
+        return int(self.flop.shape[1])
+
+    @property
+    def present(self) -> NDArray[np.bool_]:
+        """Which classes demand anything, shape (n_classes, n_candidates)."""
+        some = (self.flop > 0) | (self.requests > 0)
+        for amount in self.bytes.values():
+            some = some | (amount > 0)
+        return some
+
+    @property
+    def timed(self) -> NDArray[np.bool_]:
+        """Which ops belong to the timed (last) token, shape (n_ops,)."""
+        if not self.token_ends:
+            return np.ones(self.n_ops, dtype=np.bool_)
+        return np.asarray(self.op_token == self.op_token[self.token_ends[-1]])
+
+    @property
+    def timed_bytes(self) -> dict[str, Array]:
+        """Bytes that the timed token moves over each resource, per candidate. [B]"""
+        uses = np.bincount(self.op_class[self.timed], minlength=len(self.classes)).astype(np.float64)
+        return {name: uses @ amount for name, amount in self.bytes.items()}
+
+    def column(self, index: int) -> Schedule:
+        """The schedule of one candidate."""
+        return self.columns(slice(index, index + 1))
+
+    def columns(self, which: slice | NDArray[np.int64]) -> Schedule:
+        """The schedule of some candidates."""
+
+        def cut(table: Mapping[str, Array]) -> dict[str, Array]:
+            return {k: np.ascontiguousarray(v[..., which]) for k, v in table.items()}
+
+        return Schedule(
+            self.streams, self.classes, self.op_class, self.op_stream, self.op_phase, self.op_token, self.op_layer,
+            self.deps, np.ascontiguousarray(self.flop[:, which]), np.ascontiguousarray(self.requests[:, which]),
+            np.ascontiguousarray(self.depth[:, which]), cut(self.bytes), cut(self.acquire_bytes),
+            cut(self.release_bytes), cut(self.held_bytes), self.token_ends)
+
+    def repeated(self, times: int) -> Schedule:
+        """Every candidate `times` times over, each repeat next to its original."""
+        return self.columns(np.repeat(np.arange(self.n_candidates), times))
+
+
+@dataclass(frozen=True)
+class Durations:
+    """What cost makes of a schedule's demands: seconds per class and candidate, both (n_classes, n_candidates)."""
+
+    occupancy_s: Array
+    """How long an op holds its stream. [s]"""
+    latency_s: Array
+    """How much later its dependants may start. [s]"""
+
+
+class ScheduleBuilder:
+    """Collects classes and ops; the one way to make a Schedule."""
+
+    def __init__(self, n_candidates: int, streams: Sequence[str]) -> None:
+        self.n_candidates = n_candidates
+        self._streams = list(streams)
+        self._classes: list[DemandClass] = []
+        self._rows: list[tuple[Array, Array, Array]] = []
+        self._bytes: dict[str, dict[int, Array]] = {}
+        self._acquire: dict[str, dict[int, Array]] = {}
+        self._release: dict[str, dict[int, Array]] = {}
+        self._ops: list[tuple[int, int, Phase, int, int, tuple[int, ...]]] = []
+        self._ends: list[int] = []
+
+    def _row(self, value: float | Array) -> Array:
+        return np.broadcast_to(np.asarray(value, dtype=np.float64), (self.n_candidates,))
+
+    def demand(
+        self,
+        what: DemandClass,
+        *,
+        flop: float | Array = 0.0,
+        requests: float | Array = 0.0,
+        depth: float | Array = 1.0,
+        bytes: Mapping[str, float | Array] | None = None,
+        acquire: Mapping[str, float | Array] | None = None,
+        release: Mapping[str, float | Array] | None = None,
+    ) -> int:
+        """Add a demand class; returns its index for `op`."""
+        index = len(self._classes)
+        self._classes.append(what)
+        self._rows.append((self._row(flop), self._row(requests), self._row(depth)))
+        for table, given in ((self._bytes, bytes), (self._acquire, acquire), (self._release, release)):
+            for name, amount in (given or {}).items():
+                table.setdefault(name, {})[index] = self._row(amount)
+        return index
+
+    def op(self, demand: int, stream: str, *, deps: Sequence[int | None] = (), phase: Phase = Phase.DECODE,
+           token: int = 0, layer: int = 0) -> int:
+        """Append an op in program order; returns its index. `None` among the deps is left out."""
+        earlier = tuple(sorted({d for d in deps if d is not None}))
+        index = len(self._ops)
+        assert all(d < index for d in earlier), "a dependency must stand earlier in program order"
+        self._ops.append((demand, self._streams.index(stream), phase, token, layer, earlier))
+        return index
+
+    def end_token(self, op: int) -> None:
+        """Mark `op` as the end of a token."""
+        self._ends.append(op)
+
+    def build(self, held_bytes: Mapping[str, float | Array] | None = None) -> Schedule:
+        """The finished schedule."""
+
+        def table(rows: dict[int, Array]) -> Array:
+            full = np.zeros((len(self._classes), self.n_candidates))
+            for index, row in rows.items():
+                full[index] = row
+            return full
+
+        columns = list(zip(*self._ops, strict=True))
+        return Schedule(
+            streams=tuple(self._streams),
+            classes=tuple(self._classes),
+            op_class=np.array(columns[0], dtype=np.int64),
+            op_stream=np.array(columns[1], dtype=np.int64),
+            op_phase=tuple(columns[2]),
+            op_token=np.array(columns[3], dtype=np.int64),
+            op_layer=np.array(columns[4], dtype=np.int64),
+            deps=tuple(columns[5]),
+            flop=np.array([r[0] for r in self._rows]),
+            requests=np.array([r[1] for r in self._rows]),
+            depth=np.array([r[2] for r in self._rows]),
+            bytes={k: table(v) for k, v in self._bytes.items()},
+            acquire_bytes={k: table(v) for k, v in self._acquire.items()},
+            release_bytes={k: table(v) for k, v in self._release.items()},
+            held_bytes={k: self._row(v).copy() for k, v in (held_bytes or {}).items()},
+            token_ends=tuple(self._ends),
+        )

@@ -1,0 +1,81 @@
+"""When does each op end if nothing is shared? The max-plus recurrence, all candidates at once.
+
+Equal to the event engine on dedicated resources, a lower bound where resources are shared.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmem.schedule import Durations, Schedule
+
+__all__ = ["AnalyticResult", "analytic"]
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class AnalyticResult:
+    """makespan_s and token_s are (n_candidates,); token_end_s is (n_tokens, n_candidates)."""
+
+    token_end_s: Array
+    makespan_s: Array
+
+    @property
+    def token_s(self) -> Array:
+        """Seconds of the timed (last) token: from the end of the one before. [s]"""
+        if len(self.token_end_s) > 1:
+            return np.asarray(self.token_end_s[-1] - self.token_end_s[-2])
+        return np.asarray(self.token_end_s[-1])
+
+
+def analytic(schedule: Schedule, durations: Durations) -> AnalyticResult:
+    """Run the recurrence of `simmem.schedule` over all ops, vectorised over candidates."""
+    n = schedule.n_candidates
+    occupancy, latency = durations.occupancy_s, durations.latency_s
+    present = schedule.present
+    everywhere = present.all(axis=1).tolist()
+    nowhere = (~present.any(axis=1)).tolist()
+    waits = (latency != 0).any(axis=1).tolist()
+    last_use = list(range(schedule.n_ops))
+    for op, deps in enumerate(schedule.deps):
+        for d in deps:
+            last_use[d] = op
+    marks = set(schedule.token_ends)
+    zero = np.zeros(n)
+    free: list[Array] = [zero for _ in schedule.streams]
+    ends: list[Array | None] = [None] * schedule.n_ops
+    makespan = np.zeros(n)
+    classes, streams = schedule.op_class.tolist(), schedule.op_stream.tolist()
+    token_end: dict[int, Array] = {}
+    for op, deps in enumerate(schedule.deps):
+        ready = zero
+        for d in deps:
+            end = ends[d]
+            assert end is not None
+            ready = end if ready is zero else np.maximum(ready, end)
+            if last_use[d] == op and d not in marks:
+                ends[d] = None
+        k, stream = classes[op], streams[op]
+        if nowhere[k]:
+            end = ready
+        else:
+            busy_until = np.maximum(ready, free[stream])
+            busy_until += occupancy[k]
+            done = busy_until + latency[k] if waits[k] else busy_until
+            if everywhere[k]:
+                free[stream], end = busy_until, done
+            else:
+                here = present[k]
+                free[stream] = np.where(here, busy_until, free[stream])
+                end = np.where(here, done, ready)
+            np.maximum(makespan, end, out=makespan)
+        if last_use[op] > op or op in marks:
+            ends[op] = end
+        if op in marks:
+            token_end[op] = end
+    ends_of_tokens = np.array([token_end[o] for o in schedule.token_ends]) if schedule.token_ends else makespan[None]
+    return AnalyticResult(ends_of_tokens, makespan)

@@ -1,0 +1,294 @@
+"""When does each op end if bandwidth is shared? One candidate through a simpy event simulation.
+
+The same in-order streams as the analytic recurrence, plus what it cannot represent: bandwidth
+shared max-min fairly between the ops on a resource, measured interference between agents, finite
+queues and background load. Without sharing both engines agree to rounding.
+
+Sharing is fluid. An op that alone takes t seconds and moves b bytes over a resource draws b/t
+of it; its speed x ≤ 1 is the largest for which max-min fairness gives every flow its share, and
+its progress is the integral of x. Speeds change only when an op starts or ends.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import simpy
+from numpy.typing import NDArray
+
+from simmem.schedule import Durations, Schedule
+from simmem.sim.timeline import Timeline
+
+__all__ = ["Contention", "can_contend", "events", "fair_speeds"]
+
+_FINISHED = 1e-15
+
+
+@dataclass(frozen=True)
+class Contention:
+    """What the ops share.
+
+    capacity_bytes_per_s : resource → what all its users together get. [B/s]
+    interference : (victim agent, aggressor agent, resource) → share of its speed the victim keeps.
+    background : resource → share of it that other programs take, in [0, 1).
+    queue_limit : stream → how many of its ops may be unfinished at once.
+    """
+
+    capacity_bytes_per_s: Mapping[str, float] = field(default_factory=dict)
+    interference: Mapping[tuple[str, str, str], float] = field(default_factory=dict)
+    background: Mapping[str, float] = field(default_factory=dict)
+    queue_limit: Mapping[str, int] = field(default_factory=dict)
+
+    def available(self, resource: str) -> float:
+        """Rate of a resource less its background load. [B/s]"""
+        return self.capacity_bytes_per_s[resource] * (1.0 - self.background.get(resource, 0.0))
+
+
+def can_contend(schedule: Schedule, durations: Durations, contention: Contention) -> bool:
+    """Whether any set of ops, one from each stream, could ask for more than a resource has.
+
+    False is a proof that sharing never binds, so the dedicated engine gives the same answer.
+    """
+    if contention.interference or contention.queue_limit:
+        return True
+    occupancy = durations.occupancy_s[:, 0]
+    for resource, amount in schedule.bytes.items():
+        if resource not in contention.capacity_bytes_per_s:
+            continue
+        with np.errstate(divide="ignore", invalid="ignore"):
+            draw = np.where(occupancy > 0, amount[:, 0] / occupancy, 0.0)
+        worst = 0.0
+        for stream in range(len(schedule.streams)):
+            used = np.unique(schedule.op_class[schedule.op_stream == stream])
+            worst += float(draw[used].max(initial=0.0))
+        if worst > contention.available(resource) * (1 + 1e-12):
+            return True
+    return False
+
+
+def events(schedule: Schedule, durations: Durations, contention: Contention | None = None) -> Timeline:
+    """Simulate one candidate. Without `contention` every resource is dedicated.
+
+    Parameters
+    ----------
+    schedule : of one candidate (`Schedule.column`).
+    durations : of that candidate, arrays of shape (n_classes, 1).
+    """
+    assert schedule.n_candidates == 1, "the event engine takes one candidate"
+    shared = contention is not None and can_contend(schedule, durations, contention)
+    run = _Run(schedule, durations, contention if shared else None)
+    for stream in range(len(schedule.streams)):
+        ops = [o for o in run.program if run.stream[o] == stream]
+        if ops:
+            run.env.process(run.serve(schedule.streams[stream], ops))
+    run.env.run()
+    return Timeline(schedule, *run.times(), engine="events" if not shared else "events, shared")
+
+
+class _Run:
+    """State of one simulation."""
+
+    def __init__(self, schedule: Schedule, durations: Durations, contention: Contention | None) -> None:
+        self.env = simpy.Environment()
+        self.schedule = schedule
+        self.classes: list[int] = schedule.op_class.tolist()
+        self.stream: list[int] = schedule.op_stream.tolist()
+        self.occupancy: list[float] = durations.occupancy_s[:, 0].tolist()
+        self.latency: list[float] = durations.latency_s[:, 0].tolist()
+        present = schedule.present[:, 0].tolist()
+        self.program = [o for o, k in enumerate(self.classes) if present[k]]
+        self.deps = self._effective_deps(present)
+        self.start = [0.0] * schedule.n_ops
+        self.free = [0.0] * schedule.n_ops
+        self.end = [0.0] * schedule.n_ops
+        self.finished = [False] * schedule.n_ops
+        self.waiting: dict[int, simpy.Event] = {}
+        self.queue_limit = contention.queue_limit if contention else {}
+        self.fluid = _Fluid(self.env, schedule, self.occupancy, contention) if contention else None
+
+    def _effective_deps(self, present: list[bool]) -> list[tuple[int, ...]]:
+        """Dependencies with absent ops replaced by what they wait for."""
+        result: list[tuple[int, ...]] = []
+        for deps in self.schedule.deps:
+            if all(present[self.classes[d]] for d in deps):
+                result.append(deps)
+                continue
+            found: set[int] = set()
+            for d in deps:
+                found.update((d,) if present[self.classes[d]] else result[d])
+            result.append(tuple(sorted(found)))
+        return result
+
+    def serve(self, name: str, ops: list[int]) -> Generator[simpy.Event, Any, None]:
+        env, finished, waiting = self.env, self.finished, self.waiting
+        classes, occupancy, latency, deps, fluid = self.classes, self.occupancy, self.latency, self.deps, self.fluid
+        limit = self.queue_limit.get(name)
+        for position, op in enumerate(ops):
+            for d in deps[op]:
+                if not finished[d]:
+                    yield waiting[d] if d in waiting else waiting.setdefault(d, env.event())
+            if limit and position >= limit and not finished[ops[position - limit]]:
+                yield waiting.setdefault(ops[position - limit], env.event())
+            k = classes[op]
+            self.start[op] = env.now
+            if occupancy[k] > 0:
+                yield fluid.flow(k) if fluid else env.timeout(occupancy[k])
+            self.free[op] = env.now
+            if latency[k] > 0:
+                env.timeout(latency[k], value=op).callbacks.append(self._late)  # type: ignore[union-attr]
+            else:
+                self._finish(op)
+
+    def _late(self, event: simpy.Event) -> None:
+        self._finish(event.value)
+
+    def _finish(self, op: int) -> None:
+        self.end[op] = self.env.now
+        self.finished[op] = True
+        event = self.waiting.pop(op, None)
+        if event is not None:
+            event.succeed()
+
+    def times(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+        present = set(self.program)
+        for op in range(self.schedule.n_ops):
+            if op not in present:
+                at = max((self.end[d] for d in self.deps[op]), default=0.0)
+                self.start[op] = self.free[op] = self.end[op] = at
+        return np.array(self.start), np.array(self.free), np.array(self.end)
+
+
+@dataclass
+class _Flow:
+    work_s: float
+    """Seconds left at full speed. [s]"""
+    draw: dict[str, float]
+    agent: str | None
+    done: simpy.Event
+    speed: float = 1.0
+
+
+class _Fluid:
+    """The flows that are under way, and when the next of them ends."""
+
+    def __init__(self, env: simpy.Environment, schedule: Schedule, occupancy: list[float],
+                 contention: Contention) -> None:
+        self.env = env
+        self.contention = contention
+        self.flows: list[_Flow] = []
+        self.at = 0.0
+        self.version = 0
+        self.occupancy = occupancy
+        self.agent = [c.agent for c in schedule.classes]
+        self.available = {r: contention.available(r) for r in contention.capacity_bytes_per_s}
+        self.draw = [
+            {r: float(amount[k, 0]) / occupancy[k] for r, amount in schedule.bytes.items()
+             if r in self.available and amount[k, 0] > 0 and occupancy[k] > 0}
+            for k in range(len(schedule.classes))
+        ]
+
+    def flow(self, k: int) -> simpy.Event:
+        self._advance()
+        one = _Flow(self.occupancy[k], self.draw[k], self.agent[k], self.env.event())
+        self.flows.append(one)
+        self._reschedule()
+        return one.done
+
+    def _advance(self) -> None:
+        passed = self.env.now - self.at
+        self.at = self.env.now
+        if passed:
+            for one in self.flows:
+                one.work_s -= passed * one.speed
+
+    def _reschedule(self) -> None:
+        self.version += 1
+        if not self.flows:
+            return
+        speeds = fair_speeds([f.draw for f in self.flows], self.available, self._caps())
+        soonest = float("inf")
+        for one, speed in zip(self.flows, speeds, strict=True):
+            one.speed = speed
+            soonest = min(soonest, max(one.work_s, 0.0) / speed)
+        self.env.timeout(soonest, value=self.version).callbacks.append(self._wake)  # type: ignore[union-attr]
+
+    def _wake(self, event: simpy.Event) -> None:
+        if event.value != self.version:
+            return
+        self._advance()
+        scale = max(self.env.now, 1.0)
+        ended = [f for f in self.flows if f.work_s <= _FINISHED * scale]
+        if not ended:
+            ended = [min(self.flows, key=lambda f: f.work_s / f.speed)]
+        self.flows = [f for f in self.flows if f not in ended]
+        for one in ended:
+            one.done.succeed()
+        self._reschedule()
+
+    def _caps(self) -> list[float]:
+        rules = self.contention.interference
+        if not rules:
+            return [1.0] * len(self.flows)
+        caps = []
+        for victim in self.flows:
+            cap = 1.0
+            for other in self.flows:
+                if other is not victim and victim.agent and other.agent:
+                    for resource in victim.draw.keys() & other.draw.keys():
+                        cap = min(cap, rules.get((victim.agent, other.agent, resource), 1.0))
+            caps.append(cap)
+        return caps
+
+
+def fair_speeds(draws: list[dict[str, float]], available: Mapping[str, float], caps: list[float]) -> list[float]:
+    """Max-min fair speeds of flows that share resources.
+
+    Parameters
+    ----------
+    draws : per flow, resource → what it draws at full speed. [B/s]
+    available : resource → what there is. [B/s]
+    caps : per flow, the largest speed it may have, in (0, 1].
+
+    Returns
+    -------
+    Speeds in (0, 1]: progressive filling (Bertsekas & Gallager, Data Networks, §6.5.2), fair in
+    bandwidth, so a flow that asks for less than its share gets all of it.
+    """
+    speeds = list(caps)
+    left = dict(available)
+    loose = set(range(len(draws)))
+    while loose:
+        lowest, tight = 1.0, None
+        for resource, room in left.items():
+            users = [i for i in loose if resource in draws[i]]
+            if not users or sum(draws[i][resource] * speeds[i] for i in users) <= room * (1 + 1e-12):
+                continue
+            level = _fill([draws[i][resource] * speeds[i] for i in users], room)
+            share = min(level / (draws[i][resource] * speeds[i]) for i in users)
+            if tight is None or share < lowest:
+                lowest, tight = share, (resource, level, users)
+        if tight is None:
+            break
+        resource, level, users = tight
+        for i in users:
+            if draws[i][resource] * speeds[i] >= level * (1 - 1e-12):
+                speeds[i] = level / draws[i][resource]
+                loose.discard(i)
+                for other, amount in draws[i].items():
+                    if other in left:
+                        left[other] = max(left[other] - amount * speeds[i], 0.0)
+    return speeds
+
+
+def _fill(demands: list[float], room: float) -> float:
+    """The water level at which demands capped by it fill `room`."""
+    rest = sorted(demands)
+    for index, demand in enumerate(rest):
+        level = room / (len(rest) - index)
+        if demand >= level:
+            return level
+        room -= demand
+    return rest[-1]

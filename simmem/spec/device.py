@@ -1,0 +1,263 @@
+"""What is a device? Memory tiers and compute agents, joined by links, every figure sourced.
+
+Bandwidth belongs to an (agent, memory) pair, never to a memory: the CPU of an Apple or AMD
+unified-memory chip cannot draw what its GPU can. `Memory.rate` is what all agents together can
+draw; it bounds the sum and is what the event engine shares out.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import Field, model_validator
+
+from simmem.errors import SpecError
+from simmem.spec import library
+from simmem.spec.base import (
+    Bytes,
+    BytesPerSecond,
+    Count,
+    Figure,
+    FlopPerSecond,
+    Frozen,
+    JoulePerByte,
+    JoulePerFlop,
+    Kind,
+    Ratio,
+    Seconds,
+    Watt,
+    load_toml,
+    validate,
+    weakest,
+)
+
+if TYPE_CHECKING:
+    import networkx
+
+__all__ = ["Agent", "Device", "Engine", "Interference", "Link", "Memory", "load_device"]
+
+
+class Memory(Frozen):
+    """A tier: flash, DRAM or the memory of a GPU."""
+
+    kind: Literal["storage", "host", "unified", "device"]
+    capacity: Bytes
+    reserved: Bytes | None = None
+    """What a process cannot have of it: the system, other programs, per-process limits. [B]"""
+    rate: BytesPerSecond | None = None
+    """What all agents and links together can draw. [B/s]"""
+    energy_per_byte: JoulePerByte | None = None
+
+    @property
+    def budget_bytes(self) -> float:
+        """What one process may hold when the user names no budget. [B]"""
+        return self.capacity.value - (self.reserved.value if self.reserved else 0.0)
+
+
+class Agent(Frozen):
+    """A unit that computes out of one memory."""
+
+    memory: str
+    flop_per_s: dict[Literal["fp32", "fp16", "bf16", "int8"], FlopPerSecond] = Field(min_length=1)
+    flop_share: Ratio
+    """Share of the peak that large matrix products reach."""
+    rate: BytesPerSecond
+    """Bandwidth of this (agent, memory) pair. [B/s]"""
+    rate_share: Ratio
+    """Share of `rate` that weight-streaming kernels reach (1 where `rate` was measured with them)."""
+    op_overhead: Seconds
+    """Constant per kernel: launch, synchronisation of threads, tails. [s]"""
+    step_overhead: Seconds | None = None
+    """Constant per decode step: sampling, the framework's loop. [s]"""
+    energy_per_flop: JoulePerFlop | None = None
+    compute_precision: Literal["fp32", "fp16", "bf16"] | None = None
+    """Set by an engine that widens weights before use: the multiply reads this many bytes."""
+
+
+class Link(Frozen):
+    """A path between two memories; `storage` links have a request size × depth surface."""
+
+    kind: Literal["storage", "copy"]
+    source: str
+    target: str
+    rate: BytesPerSecond
+    """Sequential or large-copy rate: the cap whatever the request size. [B/s]"""
+    latency: Seconds
+    """Time of one small request with nothing else in flight. [s]"""
+    request_time: Seconds | None = None
+    """storage: time per request that saturation leaves, whatever the depth (a of t = a + s/B). [s]"""
+    request_rate: BytesPerSecond | None = None
+    """storage: transfer rate inside a request at saturation (B of t = a + s/B). [B/s]"""
+    block: Bytes | None = None
+    """storage: reads round up to this. [B]"""
+    best_depth: Count | None = None
+    """storage: beyond this many threads, more threads lose throughput."""
+    overload_exponent: float = Field(default=0.0, ge=0.0, le=2.0)
+    """storage: request time grows as (depth / best_depth) to this power past `best_depth`."""
+    sustained_rate: BytesPerSecond | None = None
+    energy_per_byte: JoulePerByte | None = None
+
+    @model_validator(mode="after")
+    def _storage_is_complete(self) -> Link:
+        if self.kind == "storage":
+            for name in ("request_time", "request_rate", "block"):
+                if getattr(self, name) is None:
+                    raise ValueError(f"a storage link needs {name}")
+        return self
+
+
+class Interference(Frozen):
+    """Measured: while `aggressor` uses `memory`, `victim` keeps this share of its speed."""
+
+    victim: str
+    aggressor: str
+    memory: str
+    share: Ratio
+
+
+class Engine(Frozen):
+    """What a named software stack achieves on one agent, where that is known (anchors)."""
+
+    agent: str
+    rate_share: Ratio | None = None
+    flop_share: Ratio | None = None
+    op_overhead: Seconds | None = None
+    step_overhead: Seconds | None = None
+    compute_precision: Literal["fp32", "fp16", "bf16"] | None = None
+    source: str = Field(min_length=4)
+
+
+class Device(Frozen):
+    """A machine: the graph of its memories and agents, with sourced figures."""
+
+    schema_: Literal["simmem.device/1"] = Field(alias="schema")
+    name: str
+    title: str
+    aliases: tuple[str, ...] = ()
+    memory: dict[str, Memory]
+    agent: dict[str, Agent]
+    link: dict[str, Link]
+    interference: tuple[Interference, ...] = ()
+    idle: Watt | None = None
+    engine: dict[str, Engine] = Field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+    @model_validator(mode="after")
+    def _graph_is_whole(self) -> Device:
+        for name, agent in self.agent.items():
+            if agent.memory not in self.memory:
+                raise ValueError(f"agent.{name}.memory is {agent.memory!r}, which is no memory of this device")
+        for name, link in self.link.items():
+            for end in (link.source, link.target):
+                if end not in self.memory:
+                    raise ValueError(f"link.{name} joins {end!r}, which is no memory of this device")
+        storage = [n for n, m in self.memory.items() if m.kind == "storage"]
+        if len(storage) != 1:
+            raise ValueError(f"a device has exactly one storage tier, found {len(storage)}")
+        for name, agent in self.agent.items():
+            if self._path(storage[0], agent.memory) is None:
+                raise ValueError(f"agent.{name} computes out of {agent.memory!r}, which storage cannot reach")
+        for name, memory in self.memory.items():
+            if memory.reserved and memory.reserved.value >= memory.capacity.value:
+                raise ValueError(f"memory.{name} reserves all of its capacity")
+        for engine in self.engine.values():
+            if engine.agent not in self.agent:
+                raise ValueError(f"an engine names the agent {engine.agent!r}, which this device has not")
+        return self
+
+    @property
+    def is_unified(self) -> bool:
+        """True where every agent computes out of one memory."""
+        return len({a.memory for a in self.agent.values()}) == 1
+
+    @property
+    def storage(self) -> str:
+        """Name of the storage tier."""
+        return next(n for n, m in self.memory.items() if m.kind == "storage")
+
+    @property
+    def host(self) -> str:
+        """Name of the memory that storage is read into."""
+        return next(k.target for k in self.link.values() if k.source == self.storage)
+
+    def path(self, source: str, target: str) -> tuple[str, ...]:
+        """Names of the links from one memory to another, in order; empty when they are the same."""
+        found = self._path(source, target)
+        if found is None:
+            raise SpecError(f"device {self.name} has no path from {source} to {target}")
+        return found
+
+    def _path(self, source: str, target: str) -> tuple[str, ...] | None:
+        # Device graphs have two or three memories: breadth first over the links is the whole job,
+        # and importing networkx for it would cost a fifth of a `simmem plan`; graph() is for the rest.
+        frontier: list[tuple[str, tuple[str, ...]]] = [(source, ())]
+        seen = {source}
+        for here, links in frontier:
+            if here == target:
+                return links
+            for name, link in self.link.items():
+                if link.source == here and link.target not in seen:
+                    seen.add(link.target)
+                    frontier.append((link.target, (*links, name)))
+        return None
+
+    def graph(self) -> networkx.DiGraph:
+        """The device as a networkx graph: memories and agents are nodes, links and pairs are edges."""
+        import networkx
+
+        graph = networkx.DiGraph(name=self.name)
+        for name, memory in self.memory.items():
+            graph.add_node(name, what="memory", kind=memory.kind, capacity_bytes=memory.capacity.value)
+        for name, agent in self.agent.items():
+            graph.add_node(name, what="agent")
+            graph.add_edge(agent.memory, name, what="pair", rate_bytes_per_s=agent.rate.value)
+        for name, link in self.link.items():
+            graph.add_edge(link.source, link.target, what="link", name=name, rate_bytes_per_s=link.rate.value)
+        return graph
+
+    def figures(self) -> dict[str, Figure]:
+        """Every figure of the device by its key path, e.g. "link.flash.rate"."""
+        found: dict[str, Figure] = {}
+        for name, memory in self.memory.items():
+            _collect(f"memory.{name}", memory, found)
+        for name, agent in self.agent.items():
+            _collect(f"agent.{name}", agent, found)
+            for precision, figure in agent.flop_per_s.items():
+                found[f"agent.{name}.flop_per_s.{precision}"] = figure
+        for name, link in self.link.items():
+            _collect(f"link.{name}", link, found)
+        for rule in self.interference:
+            found[f"interference.{rule.victim}.{rule.aggressor}"] = rule.share
+        if self.idle:
+            found["idle"] = self.idle
+        return found
+
+    @property
+    def weakest_kind(self) -> Kind:
+        """The least well known kind among all figures."""
+        return weakest([f.kind for f in self.figures().values()])
+
+    def with_engine(self, name: str) -> Device:
+        """This device as the software stack `name` drives it; unchanged where nothing is known of it."""
+        changed = dict(self.agent)
+        for key, engine in self.engine.items():
+            if key.split("/")[0] != name:
+                continue
+            update = {k: v for k in ("rate_share", "flop_share", "op_overhead", "step_overhead", "compute_precision")
+                      if (v := getattr(engine, k)) is not None}
+            changed[engine.agent] = changed[engine.agent].model_copy(update=update)
+        return self.model_copy(update={"agent": changed})
+
+
+def _collect(prefix: str, part: Frozen, found: dict[str, Figure]) -> None:
+    for field in type(part).model_fields:
+        value = getattr(part, field)
+        if isinstance(value, Figure):
+            found[f"{prefix}.{field}"] = value
+
+
+def load_device(name: str, *, relative_to: Path | None = None) -> Device:
+    """A built-in device by name or alias, or the device in a TOML file."""
+    path = library.resolve("device", name, relative_to=relative_to)
+    return validate(Device, load_toml(path), file=str(path))

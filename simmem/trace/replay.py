@@ -1,0 +1,313 @@
+"""Which cache policy, of what size, would have had how many hits on this trace?
+
+Nothing is run or timed: accesses are counted, layer by layer, ascending unit id. The window policy keeps
+what the last k tokens used; its counts over all k at once are a table (`window_table`) that the planner
+turns into bytes and requests. A token-layer's units are pinned while it runs; what does not fit is read and
+not cached, a miss; ties evict the lowest id. What happens while the cache is still filling (cold start) is
+counted apart from steady state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from simmem.errors import SpecError, TraceError
+from simmem.trace import recency
+from simmem.trace.bits import Words, bridged, count, runs, words_of
+from simmem.trace.trace import Trace
+
+__all__ = [
+    "ReplayCurve",
+    "WindowState",
+    "WindowTable",
+    "lru_curve",
+    "run_table",
+    "shrink_to_capacity",
+    "window_curve",
+    "window_table",
+]
+
+Ints = NDArray[np.int64]
+_BLOCK_BYTES = 1 << 20
+"""Work on this much of a trace at a time, so that every pass over it finds it in the processor's cache."""
+
+
+@dataclass(frozen=True)
+class WindowTable:
+    """What windows of k = 0 … max_window tokens hold and must read, token by token.
+
+    T tokens, L layers, K = max_window. All counts are units.
+    """
+
+    tokens: Ints
+    """(T,) token indices of the trace; each has a full window behind it (steady state)."""
+    active_units: Ints
+    """(T, L) units the token uses."""
+    held_units: Ints
+    """(T, L, K+1) units used by tokens t-k+1 … t, for k ≥ 1; at k = 0 the active ones, which are held only
+    while they are used."""
+    new_units: Ints
+    """(T, L, K+1) units used by t and by none of t-k … t-1: what must be read. All active ones at k = 0."""
+    n_units: int
+
+    @property
+    def max_window(self) -> int:
+        return int(self.new_units.shape[2]) - 1
+
+
+@dataclass(frozen=True)
+class WindowState:
+    """A window that shrinks where the capacity binds, replayed over consecutive tokens; arrays are (T, L)."""
+
+    new_units: Ints
+    """Units to read for the token."""
+    held_units: Ints
+    """Units kept cached after the token; 0 where not even one token's units fit."""
+    window: Ints
+    """The window k that decided the token's hits."""
+
+
+@dataclass(frozen=True)
+class ReplayCurve:
+    """Hits and misses of one policy at N sizes; counts are over all tokens and layers of their part."""
+
+    policy: Literal["window", "lru"]
+    scope: Literal["layer", "global"]
+    parameter: Ints
+    """(N,) capacity in units (lru) or window in tokens (window)."""
+    sizes_units: NDArray[np.float64]
+    """(N,) units of cache, of one layer or (global) of the whole model: the capacity; of a window what it
+    holds on average."""
+    peak_units: NDArray[np.float64]
+    """(N,) the most units held at once, in the same scope."""
+    hits: Ints
+    misses: Ints
+    tokens: int
+    """Tokens of the steady part, which `hits` and `misses` count."""
+    first_uses: int
+    """Those of its misses that are the first use of a unit anywhere in the trace."""
+    cold_hits: Ints
+    cold_misses: Ints
+    cold_tokens: int
+    """Tokens at the start that are counted apart."""
+    cold_first_uses: int
+
+    @property
+    def hit_ratio(self) -> NDArray[np.float64]:
+        """(N,) hits per access in steady state; 1 where nothing was accessed."""
+        accesses = self.hits + self.misses
+        ratio: NDArray[np.float64] = np.where(accesses > 0, self.hits / np.maximum(accesses, 1), 1.0)
+        return ratio
+
+    def bytes_per_token(self, unit_bytes: float) -> NDArray[np.float64]:
+        """(N,) bytes read per token in steady state, all layers. [B]"""
+        return self.misses.astype(np.float64) * (unit_bytes / self.tokens)
+
+
+def window_table(trace: Trace, max_window: int, *, tokens: ArrayLike | None = None) -> WindowTable:
+    """Count what windows of 0 … `max_window` tokens hold and read on a trace.
+
+    Parameters
+    ----------
+    tokens : (T,) token indices to cover, each at least `max_window`; all from `max_window` on when None.
+
+    Raises
+    ------
+    TraceError
+        The trace has no token with `max_window` tokens before it, or `tokens` leaves the trace.
+    """
+    covered = _covered(trace, max_window, tokens)
+    held, new = _window_counts(words_of(trace.active), covered, max_window)
+    return WindowTable(covered, new[:, :, 0], held, new, trace.header.n_units)
+
+
+def shrink_to_capacity(table: WindowTable, window: int, capacity_units: ArrayLike) -> WindowState:
+    """Replay a window of up to `window` tokens in a cache of `capacity_units` per layer.
+
+    After token t the window is the largest k ≤ min(window, one more than after t-1) whose units fit; where not
+    even the token's own do, k = 0: they are read and not kept. The hits of t are decided by the window after
+    t-1. The first covered token finds the largest window that would fit after it.
+
+    Parameters
+    ----------
+    table : of consecutive tokens.
+    window : tokens, at most `table.max_window`.
+    capacity_units : (L,) or a scalar; units each layer's cache may hold.
+
+    Raises
+    ------
+    TraceError
+        The table's tokens are not consecutive.
+    SpecError
+        The window is longer than the table's, or negative.
+    """
+    if not 0 <= window <= table.max_window:
+        raise SpecError(f"found a window of {window} tokens, the table covers 0 to {table.max_window}",
+                        key="window_tokens")
+    if np.any(np.diff(table.tokens) != 1):
+        raise TraceError("a window can shrink and grow only over consecutive tokens")
+    capacity = np.broadcast_to(np.asarray(capacity_units), table.active_units.shape[1:])
+    # held_units never falls with k ≥ 1, so counting the windows that fit finds the largest
+    fits: Ints = np.sum(table.held_units[:, :, 1 : window + 1] <= capacity[:, None], axis=2, dtype=np.int64)
+    # k(t) = min(fits(t), k(t-1) + 1) unrolls to the least of fits(s) + t - s over s ≤ t
+    step = np.arange(len(fits))[:, None]
+    after = np.minimum.accumulate(fits - step, axis=0) + step
+    before = np.concatenate((after[:1], after[:-1]))
+    held = np.take_along_axis(table.held_units, after[:, :, None], axis=2)[:, :, 0]
+    new = np.take_along_axis(table.new_units, before[:, :, None], axis=2)[:, :, 0]
+    return WindowState(new, np.where(after > 0, held, 0), before)
+
+
+def run_table(trace: Trace, tokens: ArrayLike, max_window: int, gap_units: int) -> tuple[Ints, Ints]:
+    """Read requests and units read when runs of new units are read at once, across small gaps.
+
+    Parameters
+    ----------
+    tokens : (T,) token indices, each at least `max_window`.
+    gap_units : units that may lie unused between two new ones of the same read; 0 joins only neighbours.
+
+    Returns
+    -------
+    requests, spanned_units : (T, L, K+1) runs of the new units of token t under window k, and units read in
+        them, those in the gaps included.
+    """
+    covered = _covered(trace, max_window, tokens)
+    words = words_of(trace.active)
+    shape = (covered.size, words.shape[1], max_window + 1)
+    requests, spanned = np.empty(shape, np.int64), np.empty(shape, np.int64)
+    for rows in _blocks(covered, words[0].nbytes):
+        at, active = covered[rows], words[covered[rows]]
+        before = np.zeros_like(active)
+        for k in range(max_window + 1):
+            if k:
+                before |= words[at - k]
+            read = bridged(active & ~before, gap_units)
+            requests[rows, :, k], spanned[rows, :, k] = runs(read), count(read)
+    return requests, spanned
+
+
+def window_curve(trace: Trace, windows: Sequence[int], *, cold_tokens: int | None = None) -> ReplayCurve:
+    """Hits and misses of sliding windows of these lengths, in tokens; the scope is a layer.
+
+    The first `cold_tokens` tokens (as many as the longest window when None) are counted apart.
+    """
+    longest = max(windows, default=0)
+    if not windows or min(windows) < 0:
+        raise SpecError(f"found the windows {list(windows)}, expected lengths of 0 tokens and more", key="windows")
+    cold = _cold_tokens(trace, longest if cold_tokens is None else cold_tokens)
+    words = words_of(trace.active)
+    held, new = _window_counts(words, np.arange(trace.header.n_tokens), longest)
+    chosen = np.asarray(windows, np.int64)
+    kept = np.where(chosen > 0, held[cold:][:, :, chosen], 0)
+    misses, active = new[:, :, chosen].sum(axis=1), new[:, :, 0].sum(axis=1)[:, None]
+    first = _first_uses(words)
+    return ReplayCurve(
+        "window", "layer", chosen, kept.mean(axis=(0, 1)), kept.max(axis=(0, 1)).astype(np.float64),
+        (active - misses)[cold:].sum(axis=0), misses[cold:].sum(axis=0), trace.header.n_tokens - cold,
+        int(first[cold:].sum()),
+        (active - misses)[:cold].sum(axis=0), misses[:cold].sum(axis=0), cold, int(first[:cold].sum()))
+
+
+def lru_curve(trace: Trace, capacities_units: ArrayLike, *, scope: Literal["layer", "global"] = "layer",
+              cold_tokens: int | None = None) -> ReplayCurve:
+    """Hits and misses of least-recently-used caches of these capacities.
+
+    Parameters
+    ----------
+    capacities_units : (N,) units, of each layer's own cache or (global) of one cache for all layers.
+    cold_tokens : tokens at the start that are counted apart; a quarter of the trace when None.
+    """
+    capacities = np.atleast_1d(np.asarray(capacities_units, np.int64))
+    if capacities.ndim != 1 or capacities.size == 0 or np.any(capacities < 0):
+        raise SpecError("expected a list of capacities of 0 units and more", key="capacities_units")
+    header = trace.header
+    cold = _cold_tokens(trace, header.n_tokens // 4 if cold_tokens is None else cold_tokens)
+    hits = np.zeros((2, capacities.size), np.int64)
+    counts = trace.active_counts
+    ranks: list[recency.Ranks] = []
+    if scope == "global":
+        ranks.append(recency.global_ranks(trace.active, header.n_units, cold))
+        _add_hits(hits, ranks[0], capacities)
+        for i in np.flatnonzero(capacities < counts.max()):
+            steps = recency.steps_of_trace(trace.active, header.n_units)
+            hits[:, i] = recency.replay_small(steps, header.n_layers * header.n_units, int(capacities[i]), cold)
+    else:
+        for layer in range(header.n_layers):
+            active = np.ascontiguousarray(trace.active[:, layer])
+            ranks.append(recency.layer_ranks(active, header.n_units, cold))
+            stack = capacities >= counts[:, layer].max()
+            _add_hits(hits, ranks[-1], np.where(stack, capacities, 0))
+            for i in np.flatnonzero(~stack & (capacities > 0)):
+                steps = recency.steps_of_layer(active, header.n_units)
+                hits[:, i] += recency.replay_small(steps, header.n_units, int(capacities[i]), cold)
+    accesses = counts[:cold].sum(), counts[cold:].sum()
+    sizes = capacities.astype(np.float64)
+    return ReplayCurve(
+        "lru", scope, capacities, sizes, sizes,
+        hits[1], accesses[1] - hits[1], header.n_tokens - cold, sum(r.steady_first_uses for r in ranks),
+        hits[0], accesses[0] - hits[0], cold, sum(r.cold_first_uses for r in ranks))
+
+
+def _add_hits(hits: Ints, ranks: recency.Ranks, capacities: Ints) -> None:
+    for part, histogram in enumerate((ranks.cold, ranks.steady)):
+        below = np.concatenate((np.zeros(1, np.int64), np.cumsum(histogram)))
+        hits[part] += below[np.minimum(capacities, histogram.size)]
+
+
+def _window_counts(words: Words, tokens: Ints, max_window: int) -> tuple[Ints, Ints]:
+    """held, new (T, L, K+1) of any tokens; before the start of the trace nothing was used."""
+    shape = (tokens.size, words.shape[1], max_window + 1)
+    held, new = np.empty(shape, np.int64), np.empty(shape, np.int64)
+    for rows in _blocks(tokens, words[0].nbytes):
+        at, active = tokens[rows], words[tokens[rows]]
+        before = np.zeros_like(active)
+        held[rows, :, 0] = new[rows, :, 0] = count(active)
+        for k in range(1, max_window + 1):
+            held[rows, :, k] = new[rows, :, k - 1] + (count(before) if k > 1 else 0)
+            has = at >= k
+            if has.all():
+                before |= words[at - k]
+            else:
+                before[has] |= words[at[has] - k]
+            new[rows, :, k] = count(active & ~before)
+    return held, new
+
+
+def _first_uses(words: Words) -> Ints:
+    """(T,) units that a token is the first to use."""
+    seen = np.zeros_like(words[0])
+    first = np.empty(len(words), np.int64)
+    for token, active in enumerate(words):
+        first[token] = count(active & ~seen).sum()
+        seen |= active
+    return first
+
+
+def _blocks(tokens: Ints, token_bytes: int) -> list[slice]:
+    size = max(1, _BLOCK_BYTES // token_bytes)
+    return [slice(start, min(start + size, tokens.size)) for start in range(0, tokens.size, size)]
+
+
+def _covered(trace: Trace, max_window: int, tokens: ArrayLike | None) -> Ints:
+    n_tokens = trace.header.n_tokens
+    if max_window < 0:
+        raise SpecError(f"found a window of {max_window} tokens", key="window_tokens")
+    if max_window >= n_tokens:
+        raise TraceError(f"has {n_tokens} tokens, too few for a window of {max_window}", key=trace.header.name)
+    covered = np.arange(max_window, n_tokens) if tokens is None else np.atleast_1d(np.asarray(tokens, np.int64))
+    if covered.ndim != 1 or covered.size == 0 or covered.min() < max_window or covered.max() >= n_tokens:
+        raise TraceError(f"can cover tokens {max_window} to {n_tokens - 1} with a window of {max_window}",
+                         key=trace.header.name)
+    return covered
+
+
+def _cold_tokens(trace: Trace, cold_tokens: int) -> int:
+    if not 0 <= cold_tokens < trace.header.n_tokens:
+        raise TraceError(f"has {trace.header.n_tokens} tokens, too few to count {cold_tokens} of them apart",
+                         key=trace.header.name)
+    return cold_tokens

@@ -1,0 +1,169 @@
+"""How is a trace kept in a file, and how is a file that cannot be trusted read?
+
+A trace file is safetensors: one uint8 tensor `active` and the header as JSON under `header` in the
+file's metadata. Nothing is unpickled or evaluated. Every promise of the file (length of its header,
+type and shape of the tensor) is checked against the size of the file before memory is taken, and the
+digest in the header must be that of the bits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import stat
+from pathlib import Path
+
+import numpy as np
+
+from simmem.errors import MachineError, SpecError, TraceError
+from simmem.spec.base import validate
+from simmem.trace.trace import Trace, TraceHeader, digest_of
+
+__all__ = ["MAX_FILE_BYTES", "MAX_METADATA_BYTES", "load_trace_file", "read_header", "save_trace"]
+
+MAX_FILE_BYTES = 2 << 30
+MAX_METADATA_BYTES = 1 << 20
+_LENGTH_BYTES = 8
+_TENSOR = "active"
+_HEADER = "header"
+
+
+def save_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
+    """Write `trace` to `path`: a temporary file beside it, then a rename, so never half a file.
+
+    Raises
+    ------
+    TraceError
+        The digest in the header is not that of the bits, or the file could not be read back (bounds).
+    MachineError
+        The operating system refused: no such folder, no permission, disk full.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import save_file
+
+    path = Path(path)
+    if trace.header.digest != digest_of(trace.active):
+        raise _bad(path, "has a digest in its header that is not that of its bits", key="digest")
+    text = trace.header.model_dump_json(by_alias=True)
+    if len(json.dumps(text, ensure_ascii=False).encode()) > MAX_METADATA_BYTES - 4096:  # the rest: names and offsets
+        raise _bad(path, f"has a header of more than {MAX_METADATA_BYTES - 4096} bytes")
+    if trace.active.nbytes > MAX_FILE_BYTES - MAX_METADATA_BYTES:
+        raise _bad(path, f"holds {trace.active.nbytes} bytes of activity; a trace file has at most {MAX_FILE_BYTES}")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        save_file({_TENSOR: np.ascontiguousarray(trace.active)}, temporary, metadata={_HEADER: text})
+        temporary.replace(path)
+    except OSError as error:
+        raise MachineError(f"cannot be written: {error.strerror or error}", file=str(path)) from None
+    except SafetensorError as error:  # wraps the errors of the operating system
+        raise MachineError(f"cannot be written: {error}", file=str(path)) from None
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def read_header(path: str | os.PathLike[str]) -> TraceHeader:
+    """The header of a trace file alone: reads no bits and checks no digest.
+
+    Raises TraceError when the file cannot be read, is no safetensors file or has no valid header.
+    """
+    return _parse_header(_read_metadata(Path(path)), Path(path))
+
+
+def load_trace_file(path: str | os.PathLike[str]) -> Trace:
+    """Read a trace from a file that may be damaged or hostile.
+
+    Raises
+    ------
+    TraceError
+        Naming the file: it cannot be read, is larger than `MAX_FILE_BYTES`, is not safetensors, has a
+        header that is missing, longer than `MAX_METADATA_BYTES` or not a `TraceHeader`, promises another
+        type or shape than its tensor has, marks units past the last one, or has another digest.
+    """
+    from safetensors import SafetensorError, safe_open
+
+    path = Path(path)
+    header = _parse_header(_read_metadata(path), path)
+    expected = (header.n_tokens, header.n_layers, -(-header.n_units // 8))
+    try:
+        file_bytes = path.stat().st_size
+        promised_bytes = expected[0] * expected[1] * expected[2]
+        if promised_bytes > file_bytes:
+            raise _bad(path, f"promises {promised_bytes} bytes of activity in a file of {file_bytes}")
+        with safe_open(path, framework="numpy") as file:
+            names = list(file.keys())
+            if names != [_TENSOR]:
+                raise _bad(path, f"holds the tensors {_some(names)}, expected one named {_TENSOR!r}")
+            view = file.get_slice(_TENSOR)
+            dtype, shape = view.get_dtype(), tuple(view.get_shape())
+            if dtype != "U8" or shape != expected:
+                raise _bad(path, f"holds a tensor of {dtype} {shape}, its header promises U8 {expected}")
+            active = np.asarray(file.get_tensor(_TENSOR))
+    except OSError as error:
+        raise _bad(path, f"cannot be read: {error.strerror or error}") from None
+    except SafetensorError as error:
+        raise _bad(path, f"is truncated or not a safetensors file: {error}") from None
+    if header.digest != digest_of(active):
+        raise _bad(path, "is damaged: the digest in its header is not that of its bits", key="digest")
+    try:
+        return Trace(header, active)
+    except TraceError as error:
+        raise _bad(path, error.message, key=error.key) from None
+
+
+def _read_metadata(path: Path) -> dict[str, object]:
+    """The `__metadata__` of a safetensors file, bounded, without trusting anything in it."""
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise _bad(path, "is not a file")
+        if status.st_size > MAX_FILE_BYTES:
+            raise _bad(path, f"is {status.st_size} bytes long; a trace file has at most {MAX_FILE_BYTES}")
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(_LENGTH_BYTES), "little")
+            if status.st_size < _LENGTH_BYTES or length > status.st_size - _LENGTH_BYTES:
+                raise _bad(path, "is truncated or not a safetensors file: the header it promises is longer than "
+                                 "the file")
+            if length > MAX_METADATA_BYTES:
+                raise _bad(path, f"has a header of {length} bytes; at most {MAX_METADATA_BYTES} are read")
+            raw = file.read(length)
+    except OSError as error:
+        raise _bad(path, f"cannot be read: {error.strerror or error}") from None
+    metadata = _parse_json(raw, path).get("__metadata__")
+    if not isinstance(metadata, dict):
+        raise _bad(path, "is a safetensors file without the metadata of a trace")
+    return metadata
+
+
+def _parse_header(metadata: dict[str, object], path: Path) -> TraceHeader:
+    text = metadata.get(_HEADER)
+    if not isinstance(text, str):
+        raise _bad(path, f"is a safetensors file without {_HEADER!r} in its metadata: not a trace")
+    try:
+        header = validate(TraceHeader, _parse_json(text, path), file=str(path))
+    except SpecError as error:
+        raise _bad(path, f"has a header that is not a trace's: {error.message}", key=error.key) from None
+    for key, value in header:
+        if isinstance(value, str) and not value.isprintable():  # it would reach the terminal
+            raise _bad(path, "holds characters that cannot be printed", key=key)
+    return header
+
+
+def _parse_json(raw: bytes | str, path: Path) -> dict[str, object]:
+    try:
+        parsed = json.loads(raw)
+    except (ValueError, RecursionError):  # UnicodeDecodeError and JSONDecodeError are ValueErrors
+        raise _bad(path, "is truncated or not a safetensors file: its header is not JSON") from None
+    if not isinstance(parsed, dict):
+        raise _bad(path, "is truncated or not a safetensors file: its header is not a JSON object")
+    return parsed
+
+
+def _bad(path: Path, message: str, *, key: str | None = None) -> TraceError:
+    return TraceError(message, file=str(path), key=key)
+
+
+def _some(names: list[str]) -> str:
+    shown = ", ".join(repr(name[:40]) for name in names[:3])
+    return f"{shown} and {len(names) - 3} more" if len(names) > 3 else shown or "none"

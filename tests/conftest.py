@@ -1,0 +1,22 @@
+"""How many random examples does each law see, and are they the same ones every time?
+
+simmem-local  few, the same on every run: a failure is yours, not chance's
+simmem-ci     more, other ones on every run, and a failure prints the line that reproduces it
+thorough      many, for `make test-all` and before a release
+
+Chosen by the environment (`CI` is set on most build machines), or with `--hypothesis-profile`.
+"""
+
+from __future__ import annotations
+
+import os
+
+from hypothesis import HealthCheck, settings
+
+# No deadline: the machines that run this are shared. The first example pays for lazy imports.
+_COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
+
+settings.register_profile("simmem-local", _COMMON, max_examples=25, derandomize=True, database=None)
+settings.register_profile("simmem-ci", _COMMON, max_examples=100, derandomize=False, database=None, print_blob=True)
+settings.register_profile("thorough", _COMMON, max_examples=500, derandomize=False, print_blob=True)
+settings.load_profile("simmem-ci" if os.environ.get("CI") else "simmem-local")
