@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.errors import InfeasiblePlanError, SpecError
-from simmem.planner.candidate import Candidate, blocks, feasible, score, stratified_rows
+from simmem.planner.candidate import Candidate, blocks, capacity_cut, front, score, stratified_rows
 from simmem.planner.document import (
     Baseline,
     Evidence,
@@ -60,7 +60,10 @@ SURVIVORS = 48
 EVENT_LIMIT = 8
 """Candidates that the event engine runs before the search stops without a proof."""
 PARETO_LIMIT = 6
+FRONT_SURVIVORS = 16
 SENSITIVITY_CHANGE = 0.1
+SIMPLICITY = ("resident", "stream", "flash-window")
+"""Among equally fast plans the one with the fewest moving parts is the answer."""
 
 
 @dataclass(frozen=True)
@@ -165,18 +168,32 @@ def search(question: Question, weights: str) -> Found:
         policy = policy_named(name)
         pool: list[Candidate] = []
         for block in blocks(policy, context, question.fixed, defaults=question.defaults):
-            fits, tier, missing = feasible(policy, context, block)
-            if not fits.any():
-                nearest = min(nearest or (missing, tier), (missing, tier))
+            cut = capacity_cut(policy, context, block)
+            if not cut.fits.any():
+                nearest = min(nearest or (cut.missing_bytes, cut.binding_tier), (cut.missing_bytes, cut.binding_tier))
                 continue
-            block = block.only(np.flatnonzero(fits))
+            kept = np.flatnonzero(cut.fits)
+            block, held = block.only(kept), cut.fast_bytes[kept]
             seconds = score(policy, context, block, stratified_rows(context, policy, 1))
+            lean = front(seconds, held)
+            lean = lean[np.unique(np.linspace(0, len(lean) - 1, min(len(lean), FRONT_SURVIVORS)).astype(np.int64))]
             best = np.argsort(seconds, kind="stable")[:SURVIVORS]
-            pool += [Candidate(context, policy, block.only(best[i: i + 1]), float(seconds[best[i]]))
-                     for i in range(len(best))]
-        ranked += _rescore(policy, context, sorted(pool, key=lambda c: c.score_s)[:SURVIVORS])
+            chosen = list(dict.fromkeys([*best.tolist(), *lean.tolist()]))
+            pool += [Candidate(context, policy, block.only(np.array([i])), float(seconds[i]), float(held[i]))
+                     for i in chosen]
+        ranked += _rescore(policy, context, _thin(pool))
     ranked.sort(key=lambda c: c.score_s)
     return Found(context, tuple(ranked), nearest[1] if nearest else None, nearest[0] if nearest else 0.0)
+
+
+def _thin(pool: list[Candidate]) -> list[Candidate]:
+    """The fastest candidates, and those on the front of latency and memory."""
+    if not pool:
+        return pool
+    order = np.argsort([c.score_s for c in pool], kind="stable")[:SURVIVORS].tolist()
+    lean = front(np.array([c.score_s for c in pool]), np.array([c.fast_bytes for c in pool]))
+    lean = lean[np.unique(np.linspace(0, len(lean) - 1, min(len(lean), FRONT_SURVIVORS)).astype(np.int64))]
+    return [pool[i] for i in dict.fromkeys([*order, *lean.tolist()])]
 
 
 def _rescore(policy: Policy, context: Context, pool: list[Candidate]) -> list[Candidate]:
@@ -218,7 +235,7 @@ def _prove(ranked: Sequence[Candidate]) -> tuple[Candidate, float]:
     best: tuple[float, Candidate] | None = None
     for index, candidate in enumerate(ranked):
         if best is not None and candidate.score_s >= best[0] * (1 - 1e-12):
-            return best[1], 0.0
+            return _simplest(best[1], ranked), 0.0
         if index == EVENT_LIMIT:
             assert best is not None
             return best[1], 1.0 - candidate.score_s / best[0]
@@ -227,7 +244,14 @@ def _prove(ranked: Sequence[Candidate]) -> tuple[Candidate, float]:
         if best is None or seconds < best[0]:
             best = (seconds, candidate)
     assert best is not None
-    return best[1], 0.0
+    return _simplest(best[1], ranked), 0.0
+
+
+def _simplest(best: Candidate, ranked: Sequence[Candidate]) -> Candidate:
+    """Where others are as fast to a millionth, the policy that moves least (resident before stream)."""
+    ties = [c for c in ranked if c.score_s <= best.score_s * (1 + 1e-6) and c.context is best.context]
+    return min([best, *ties], key=lambda c: (SIMPLICITY.index(c.policy.name) if c.policy.name in SIMPLICITY
+                                             else len(SIMPLICITY), c is not best))
 
 
 def plan(
@@ -347,7 +371,7 @@ def _naive_seconds(question: Question, weights: str, agent: str) -> float | None
     context = question.context(weights)
     policy = policy_named("stream")
     for block in blocks(policy, context, fixed):
-        if feasible(policy, context, block)[0].all():
+        if capacity_cut(policy, context, block).fits.all():
             return float(score(policy, context, block, np.zeros(1, dtype=np.int64))[0])
     return None
 
@@ -364,16 +388,12 @@ def _fit(question: Question, agent: str) -> Fit:
 
 def _front(ranked: Sequence[Candidate]) -> list[Candidate]:
     """Non-dominated in latency and bytes outside storage, thinned evenly to a readable number."""
-    found: list[Candidate] = []
-    least = float("inf")
-    for candidate in sorted(ranked, key=lambda c: (c.score_s, c.fast_bytes)):
-        used = candidate.fast_bytes
-        if used < least * (1 - 1e-9):
-            found.append(candidate)
-            least = used
-    if len(found) > PARETO_LIMIT:
-        found = [found[i] for i in np.linspace(0, len(found) - 1, PARETO_LIMIT).round().astype(int)]
-    return found
+    which = front(np.array([c.score_s for c in ranked]), np.array([c.fast_bytes for c in ranked]))
+    if len(which) > PARETO_LIMIT:  # evenly in the logarithm of memory, ends included
+        held = np.log([ranked[i].fast_bytes for i in which])
+        wanted = np.linspace(held[0], held[-1], PARETO_LIMIT)
+        which = which[np.unique([int(np.argmin(np.abs(held - w))) for w in wanted])]
+    return [ranked[i] for i in which]
 
 
 def _sensitivities(question: Question, best: Candidate, rows: NDArray[np.int64]) -> list[Sensitivity]:
@@ -384,8 +404,8 @@ def _sensitivities(question: Question, best: Candidate, rows: NDArray[np.int64])
     used = {agent, *(() if best.context.host_agent is None else (best.context.host_agent,))}
     for key in uncertain_figures(best.context):
         part, name = key.split(".")[:2]
-        if (part == "agent" and name not in used) or part == "memory":
-            continue
+        if (part == "agent" and name not in used) or part == "memory" or key.endswith("_share") and part == "agent":
+            continue  # an achieved share moves the latency exactly as its rate does
         if part == "link" and name not in best.context.path_to(agent):
             continue
         factor = 1.0 + SENSITIVITY_CHANGE

@@ -16,7 +16,17 @@ from simmem.policy.context import Context
 from simmem.sim.analytic import analytic
 from simmem.sim.events import Contention
 
-__all__ = ["BLOCK_COLUMNS", "Candidate", "blocks", "contention_of", "feasible", "score", "stratified_rows"]
+__all__ = [
+    "BLOCK_COLUMNS",
+    "Candidate",
+    "Capacity",
+    "blocks",
+    "capacity_cut",
+    "contention_of",
+    "front",
+    "score",
+    "stratified_rows",
+]
 
 Array = NDArray[np.float64]
 
@@ -34,6 +44,8 @@ class Candidate:
     """A block of exactly one candidate."""
     score_s: float = float("nan")
     """Analytic mean token latency over the scoring tokens. [s]"""
+    fast_bytes: float = float("nan")
+    """Held outside storage. [B]"""
 
     @property
     def knobs(self) -> dict[str, KnobValue]:
@@ -42,11 +54,6 @@ class Candidate:
     def used_bytes(self) -> dict[str, float]:
         """Bytes each tier holds at its fullest. [B]"""
         return {k: float(v[0]) for k, v in self.policy.footprint(self.context, self.block).items()}
-
-    @property
-    def fast_bytes(self) -> float:
-        """Bytes held outside storage. [B]"""
-        return sum(v for k, v in self.used_bytes().items() if k != self.context.device.storage)
 
 
 def blocks(policy: Policy, context: Context, fixed: Mapping[str, object], *, defaults: bool = False
@@ -80,8 +87,19 @@ def blocks(policy: Policy, context: Context, fixed: Mapping[str, object], *, def
         yield block if refine is None else refine(context, block, fixed)
 
 
-def feasible(policy: Policy, context: Context, block: Block) -> tuple[NDArray[np.bool_], str, float]:
-    """Which candidates fit every tier; and the tier and bytes by which the nearest one misses."""
+@dataclass(frozen=True)
+class Capacity:
+    """Which candidates of a block fit, what they hold, and by how much the nearest one misses."""
+
+    fits: NDArray[np.bool_]
+    fast_bytes: Array
+    """Held outside storage. [B]"""
+    binding_tier: str
+    missing_bytes: float
+
+
+def capacity_cut(policy: Policy, context: Context, block: Block) -> Capacity:
+    """Compare the footprint of every candidate with the budgets."""
     used = policy.footprint(context, block)
     fits = np.ones(block.n_candidates, dtype=np.bool_)
     worst = np.zeros(block.n_candidates)
@@ -93,7 +111,16 @@ def feasible(policy: Policy, context: Context, block: Block) -> tuple[NDArray[np
         tier_of = np.where(over > worst, index, tier_of)
         worst = np.maximum(worst, over)
     nearest = int(np.argmin(worst))
-    return fits, names[int(tier_of[nearest])], float(worst[nearest])
+    fast = sum((v for k, v in used.items() if k != context.device.storage), np.zeros(block.n_candidates))
+    return Capacity(fits, fast, names[int(tier_of[nearest])], float(worst[nearest]))
+
+
+def front(seconds: Array, held_bytes: Array) -> NDArray[np.int64]:
+    """Indices that nothing beats in both latency and memory, fastest first."""
+    order = np.lexsort((held_bytes, seconds))
+    least = np.minimum.accumulate(held_bytes[order])
+    better = np.concatenate([[True], held_bytes[order][1:] < least[:-1] * (1 - 1e-9)])
+    return order[better]
 
 
 def score(policy: Policy, context: Context, block: Block, rows: NDArray[np.int64], *,

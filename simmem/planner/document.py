@@ -86,6 +86,8 @@ class Predicted(_Part):
     breakdown_s: dict[str, float]
     busy_s: dict[str, float]
     bytes_per_token: dict[str, float]
+    requests_per_token: dict[str, float]
+    """Reads or copies a token issues on each link; bytes over requests is the chunk."""
     requested_bytes_per_token: float
     bytes_written_per_token: float
     cache: dict[str, CacheUse]

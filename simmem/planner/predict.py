@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import cast
-
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,12 +18,24 @@ from simmem.planner.document import (
 )
 from simmem.planner.uncertainty import TRACE_FIGURE, curve_factors, draws, scale_trace
 from simmem.policy.context import Context
-from simmem.schedule import Durations, Schedule
+from simmem.schedule import Durations
 from simmem.sim.analytic import analytic
 from simmem.sim.events import events
 from simmem.sim.timeline import BREAKDOWN, Timeline, critical_path
 
-__all__ = ["alternative", "lower_bound", "memory_use", "predict", "quality_of", "timelines", "token_seconds"]
+__all__ = [
+    "alternative",
+    "column_of",
+    "interval_factors",
+    "load_seconds",
+    "lower_bound",
+    "memory_use",
+    "predict",
+    "prefill_seconds",
+    "quality_of",
+    "timelines",
+    "token_seconds",
+]
 
 Array = NDArray[np.float64]
 
@@ -41,7 +51,7 @@ def timelines(candidate: Candidate, rows: NDArray[np.int64], factors: dict[str, 
         schedule = scale_trace(schedule, trace_factor)
     took = durations(schedule, context.device, factors)
     contention = contention_of(context, factors)
-    return [events(schedule.column(i), _column(took, i), contention) for i in range(schedule.n_candidates)]
+    return [events(schedule.column(i), column_of(took, i), contention) for i in range(schedule.n_candidates)]
 
 
 def token_seconds(candidate: Candidate, rows: NDArray[np.int64], changes: dict[str, float] | None = None) -> float:
@@ -110,6 +120,7 @@ def predict(candidate: Candidate, rows: NDArray[np.int64], *, interval_rows: NDA
     moved = [t.schedule.timed_bytes for t in runs]
     links = {name: float(np.mean([m.get(f"link.{name}", np.zeros(1))[0] for m in moved]))
              for name in context.device.link}
+    requests = {name: float(np.mean([_requests(t, name) for t in runs])) for name in context.device.link}
     p50, p95, p99 = (float(q) for q in np.quantile(seconds, [0.5, 0.95, 0.99]))
     return Predicted(
         token_latency_s=mean,
@@ -122,12 +133,19 @@ def predict(candidate: Candidate, rows: NDArray[np.int64], *, interval_rows: NDA
         breakdown_s={k: float(np.mean([p[k] for p in paths])) for k in BREAKDOWN},
         busy_s={k: float(np.mean([t.busy_s[k] for t in runs])) for k in runs[0].busy_s},
         bytes_per_token=links,
+        requests_per_token=requests,
         requested_bytes_per_token=report["requested_bytes"],
         bytes_written_per_token=0.0,
         cache={k: CacheUse(**v) for k, v in report["cache"].items()},
         active_share=report["active_share"],
         energy_j_per_token=_energy(candidate, runs, mean),
     )
+
+
+def _requests(run: Timeline, link: str) -> float:
+    s = run.schedule
+    uses = np.bincount(s.op_class[s.timed], minlength=len(s.classes))
+    return float(sum(uses[k] * s.requests[k, 0] for k, c in enumerate(s.classes) if c.link == link))
 
 
 def _energy(candidate: Candidate, runs: list[Timeline], token_s: float) -> float | None:
@@ -215,11 +233,8 @@ def lower_bound(context: Context) -> Bound:
     return Bound(token_latency_s=best[0], resource=best[1])
 
 
-def _column(took: Durations, index: int) -> Durations:
+def column_of(took: Durations, index: int) -> Durations:
+    """The durations of one candidate."""
     which = slice(index, index + 1)
     return Durations(took.occupancy_s[:, which], took.latency_s[:, which])
 
-
-def schedule_of(candidate: Candidate, row: int) -> Schedule:
-    """The decode schedule of one trace token."""
-    return cast(Schedule, candidate.policy.decode(candidate.context, candidate.block, np.array([row])))

@@ -120,7 +120,7 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
     matrix, vector = context.compute_bytes_per_param(agent)
     layers = a.n_layers
     attention, ffn = model.group("attention"), model.group("ffn")
-    norm_params = model.group("norms").vector_params / (layers * a.norms_per_layer + 1)
+    norm_params = model.group("norms").vector_params / (layers * a.norms_per_layer + a.final_norm)
 
     def weights(matrices: float, vectors: float) -> float:
         return matrices * matrix + vectors * vector
@@ -170,7 +170,7 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
                 {ops.memory: demands.layer_stream_bytes + units.read_bytes[layer]}, from_trace=True))
     e = a.embedding_dim or a.d_model
     head_matrices = a.vocab * e + (2 * e * a.d_model if e != a.d_model else 0)
-    head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * batch * head_matrices, weights(head_matrices, a.d_model),
+    head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * batch * head_matrices, weights(head_matrices, a.d_model * a.final_norm),
                        3, {ops.memory: demands.head_stream_bytes})
     step_overhead = context.agent(agent).step_overhead
     step = None

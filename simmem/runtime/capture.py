@@ -191,7 +191,7 @@ def record_masks(model: LoadedModel, ids: NDArray[np.int64], thresholds: NDArray
         while first < tokens:
             part = ids[first:first + window]
             _run(model, part)
-            first += part.size - context
+            first += part.size - context - 1
             if progress:
                 progress("recording masks", first / tokens)
     return active
@@ -233,6 +233,7 @@ def time_decode(model: LoadedModel, ids: NDArray[np.int64], *, prompt: int = TIM
 
     if any(block.attention is None for block in model.blocks):
         return {}, ""
+    ids = ids[:model.max_positions]
     prompt = min(prompt, ids.size // 2)
     steps = min(steps, ids.size - prompt)
     spent = {"attention": 0.0, "ffn": 0.0}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Words", "bridged", "count", "runs", "words_of"]
+__all__ = ["Words", "count", "runs", "words_of"]
 
 Words = NDArray[np.uint64]
 _BITS = 64
@@ -32,61 +32,38 @@ def count(words: Words) -> NDArray[np.int64]:
     return sums.astype(np.int64)
 
 
-def runs(words: Words) -> NDArray[np.int64]:
-    """Runs of adjacent units in each set, shape `words.shape[:-1]`: units whose lower neighbour is absent."""
-    return count(words & ~_up(words, 1))
+def runs(words: Words, gap_units: int = 0) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Runs of units in each set when gaps of at most `gap_units` absent units do not end a run.
 
+    Spread every unit over the `gap_units` above it: runs that are joined grow together, others stay apart, each
+    by `gap_units` longer. So counting the spread set and its runs is enough.
 
-def bridged(words: Words, gap_units: int) -> Words:
-    """Each set with its gaps of at most `gap_units` absent units filled, one gap never more than that.
-
-    A morphological closing: spread every unit over the `gap_units` above it, then keep a unit only where
-    all `gap_units` above it are present. By doubling, so in 2·log2(gap_units + 1) shifts. The result has
-    spare words above, which stay empty.
+    Returns
+    -------
+    n_runs, spanned : of shape `words.shape[:-1]`; `spanned` counts the units in runs, with those in the gaps.
     """
-    if gap_units <= 0:
-        return words
     gap_units = min(gap_units, words.shape[-1] * _BITS)
-    spare = -(-gap_units // _BITS)
-    closed = np.zeros((*words.shape[:-1], words.shape[-1] + spare), np.uint64)
-    closed[..., : words.shape[-1]] = words
-    for step in _doublings(gap_units + 1):
-        closed |= _up(closed, step)
-    for step in _doublings(gap_units + 1):
-        closed &= _down(closed, step)
-    return closed
-
-
-def _doublings(width: int) -> list[int]:
-    """Shifts after which a bit covers `width` places: 1, 2, 4 … and a rest."""
-    steps, covered = [], 1
-    while covered < width:
-        steps.append(min(covered, width - covered))
-        covered += steps[-1]
-    return steps
+    spare = -(-gap_units // _BITS)  # what grows past the top must be counted too
+    spread = np.zeros((*words.shape[:-1], words.shape[-1] + spare), np.uint64)
+    spread[..., : words.shape[-1]] = words
+    covered = 1
+    while covered <= gap_units:  # by doubling: 1, 2, 4 … and a rest
+        step = min(covered, gap_units + 1 - covered)
+        spread |= _up(spread, step)
+        covered += step
+    n_runs = count(spread & ~_up(spread, 1))
+    return n_runs, count(spread) - gap_units * n_runs
 
 
 def _up(words: Words, places: int) -> Words:
     """Every unit u becomes unit u + places; what leaves the row is lost."""
     whole, part = divmod(places, _BITS)
-    moved = np.zeros_like(words)
-    n = words.shape[-1] - whole
-    if n <= 0:
+    if part == 0:
+        moved = np.zeros_like(words)
+        moved[..., whole:] = words[..., : words.shape[-1] - whole]
         return moved
-    np.left_shift(words[..., :n], np.uint64(part), out=moved[..., whole:])
-    if part:
-        moved[..., whole + 1 :] |= words[..., : n - 1] >> np.uint64(_BITS - part)
-    return moved
-
-
-def _down(words: Words, places: int) -> Words:
-    """Every unit u becomes unit u - places; what leaves the row is lost."""
-    whole, part = divmod(places, _BITS)
-    moved = np.zeros_like(words)
-    n = words.shape[-1] - whole
-    if n <= 0:
-        return moved
-    np.right_shift(words[..., whole:], np.uint64(part), out=moved[..., :n])
-    if part:
-        moved[..., : n - 1] |= words[..., whole + 1 :] << np.uint64(_BITS - part)
+    if whole:
+        words = _up(words, whole * _BITS)
+    moved = words << np.uint64(part)
+    moved[..., 1:] |= words[..., :-1] >> np.uint64(_BITS - part)
     return moved

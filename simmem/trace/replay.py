@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from simmem.errors import SpecError, TraceError
 from simmem.trace import recency
-from simmem.trace.bits import Words, bridged, count, runs, words_of
+from simmem.trace.bits import Words, count, runs, words_of
 from simmem.trace.trace import Trace
 
 __all__ = [
@@ -33,7 +33,7 @@ __all__ = [
 ]
 
 Ints = NDArray[np.int64]
-_BLOCK_BYTES = 1 << 20
+_BLOCK_BYTES = 1 << 19
 """Work on this much of a trace at a time, so that every pass over it finds it in the processor's cache."""
 
 
@@ -186,8 +186,7 @@ def run_table(trace: Trace, tokens: ArrayLike, max_window: int, gap_units: int) 
         for k in range(max_window + 1):
             if k:
                 before |= words[at - k]
-            read = bridged(active & ~before, gap_units)
-            requests[rows, :, k], spanned[rows, :, k] = runs(read), count(read)
+            requests[rows, :, k], spanned[rows, :, k] = runs(active & ~before, gap_units)
     return requests, spanned
 
 

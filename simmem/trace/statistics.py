@@ -88,7 +88,7 @@ def trace_statistics(trace: Trace, windows: Sequence[int] = (1, 2, 5, 10)) -> di
             "new_share_of_units": new / header.n_units,
         })
     counts = trace.active_counts
-    n_active, n_runs = float(counts.sum()), float(runs(words_of(trace.active)).sum())
+    n_active, n_runs = float(counts.sum()), float(runs(words_of(trace.active))[0].sum())
     fresh = float(window_table(trace, 1).new_units[:, :, 1].sum())
     n_runs_random = float((counts * (header.n_units - counts + 1)).sum()) / header.n_units
     two_tokens = float(independent_union(frequencies, 2, header.n_tokens).mean())

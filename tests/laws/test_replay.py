@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from simmem.errors import SpecError, TraceError
@@ -58,7 +58,6 @@ def plain_lru(bits: np.ndarray, capacity: int, scope: str, cold: int) -> tuple[i
     return hits[0], hits[1]
 
 
-@settings(max_examples=150, deadline=None)
 @given(bits=activity(), scope=st.sampled_from(["layer", "global"]), data=st.data())
 def test_lru_equals_a_plain_cache_and_never_loses_hits_with_capacity(bits, scope, data):
     largest = bits.shape[1] * bits.shape[2] if scope == "global" else bits.shape[2]
@@ -76,7 +75,6 @@ def test_lru_equals_a_plain_cache_and_never_loses_hits_with_capacity(bits, scope
     assert total == sorted(total)
 
 
-@settings(max_examples=150, deadline=None)
 @given(bits=activity(min_tokens=2), data=st.data())
 def test_window_counts_equal_sets(bits, data):
     longest = data.draw(st.integers(0, min(6, bits.shape[0] - 1)))
@@ -109,7 +107,6 @@ def test_window_counts_equal_sets(bits, data):
     assert np.allclose(curve.sizes_units[1:], table.held_units.mean(axis=(0, 1))[1:])
 
 
-@settings(max_examples=150, deadline=None)
 @given(bits=activity(min_tokens=2), data=st.data())
 def test_a_shrinking_window_equals_a_step_by_step_simulation(bits, data):
     longest = data.draw(st.integers(0, min(5, bits.shape[0] - 1)))
@@ -146,7 +143,6 @@ def plain_runs(units: set[int], gap: int) -> tuple[int, int]:
     return requests, spanned
 
 
-@settings(max_examples=150, deadline=None)
 @given(bits=activity(min_tokens=2, max_units=330), gap=st.integers(0, 350), data=st.data())
 def test_runs_equal_a_walk_over_the_units(bits, gap, data):
     longest = data.draw(st.integers(0, min(3, bits.shape[0] - 1)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 from pathlib import Path
 from typing import Any
@@ -98,11 +99,19 @@ def test_spent_rows_are_in_the_ledger(name: str) -> None:
     if not LEDGER.exists():
         pytest.skip("docs/ is not part of the wheel")
     ledger = LEDGER.read_text(encoding="utf-8")
+    text = library.resolve("device", name).read_text(encoding="utf-8")
     for key, figure in _all_figures(load_device(name)).items():
-        if figure.spent:
-            assert f"`{key}`" in ledger, f"{name}: {key} is not in the ledger"
+        if not figure.spent:
+            continue
+        line = next((line for line in ledger.splitlines() if line.startswith(f"| `{key}`")), "")
+        assert f"devices/{name}.toml" in line, f"{name}: {key} is not in the ledger"
+        field = key.rsplit(".", 1)[1]
+        written = {a or b for a, b in re.findall(rf'(?m)^{field} = {{ value = (?:"([^"]+)"|([0-9.]+))', text)}
+        assert any(value in line for value in written), f"{name}: the ledger has another value for {key}"
         for row in figure.spent:
             assert f"`{row}`" in ledger, f"the row {row} is not in the ledger"
+    for exponent in re.findall(r"(?m)^overload_exponent = (\S+)", text):
+        assert re.search(rf"(?m)^\| `overload_exponent` \(.*{name}.*\) \| {exponent} \|", ledger)
 
 
 # ----------------------------------------------------------------------------------------------- the graph
@@ -114,7 +123,7 @@ def _networkx_path(device: Device, source: str, target: str) -> list[str] | None
         nodes = networkx.shortest_path(graph, source, target)
     except networkx.NetworkXNoPath:
         return None
-    return [graph.edges[a, b]["name"] for a, b in zip(nodes, nodes[1:], strict=False)]
+    return [graph.edges[a, b]["name"] for a, b in itertools.pairwise(nodes)]
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -309,7 +318,7 @@ WRONG = [
     ("absurd capacity", 'value = "1 TB"', 'value = "1e6 PB"', "memory.flash.capacity.value", "believed"),
     ("not a number", RATE, RATE.replace("6.1 GB/s", "nan GB/s"), "link.flash.rate.value", "expected a quantity"),
     ("unknown kind", RATE, RATE.replace("measured", "guessed"), "link.flash.rate.kind", "guessed"),
-    ("no source", 'source = "LLM in a flash (arXiv 2312.11514), experimental setup: M1 Max with a 1 TB SSD" ', "",
+    ("no source", ', source = "LLM in a flash (arXiv 2312.11514), experimental setup: M1 Max with a 1 TB SSD"', "",
      "memory.flash.capacity.source", "is missing"),
     ("fitted to nothing", ', spent = ["llm-in-a-flash/opt-naive-cpu-compute"]', "",
      "engine.llm-in-a-flash/cpu.rate_share", "spent"),
@@ -318,7 +327,9 @@ WRONG = [
     ("half a range", 'range = ["77 us", "113.3 us"]', 'range = ["77 us"]', "link.flash.latency.range", "pair"),
     ("range without unit", 'range = ["77 us", "113.3 us"]', 'range = ["77", "113.3"]', "link.flash.latency.range",
      "no unit"),
-    ("share above one", "value = 0.866", "value = 1.2", "agent.gpu.rate_share", "share lies in"),
+    ("share above one", "value = 0.866, ", "value = 1.2, ", "agent.gpu.rate_share", "outside its own range"),
+    ("share of nothing", 'value = 0.7, kind = "estimated", range = [0.5, 0.9]', 'value = 0, kind = "estimated"',
+     "agent.cpu.flop_share", "share lies in"),
     ("exponent too large", "overload_exponent = 0.25", "overload_exponent = 25", "link.flash.overload_exponent", "2"),
     ("wrong schema", "simmem.device/1", "simmem.device/9", "schema", "simmem.device/1"),
     ("unknown precision", "fp32 = {", "fp31 = {", "agent.cpu.flop_per_s.fp31", "fp32"),

@@ -12,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simmem.errors import SpecError, UnitError
+from simmem.errors import UnitError
 from simmem.units import DIMENSIONS, parse_quantity
 
 REGISTRY = pint.UnitRegistry()
@@ -44,7 +44,8 @@ def quantities(draw: st.DrawFn) -> tuple[str, str, float]:
     scale = REGISTRY.Quantity(1.0, prefix + unit).to(base).magnitude
     number = draw(st.sampled_from(["{!r}", "{:.6e}", "{:.3E}", "+{!r}"])).format(target / scale)
     space = draw(st.sampled_from(["", " ", "  "]))
-    return dimension, f"{number}{space}{prefix}{unit}", REGISTRY.Quantity(float(number), prefix + unit).to(base).magnitude
+    value = REGISTRY.Quantity(float(number), prefix + unit).to(base).magnitude
+    return dimension, f"{number}{space}{prefix}{unit}", value
 
 
 @given(quantities())
@@ -145,8 +146,7 @@ def test_a_bare_number_is_finite(value: object) -> None:
 def test_any_text_gives_a_number_or_one_clear_error(text: str, dimension: str) -> None:
     try:
         value = parse_quantity(text, dimension)
-    except SpecError as error:
-        assert isinstance(error, UnitError)
-    else:
-        assert math.isfinite(value)
-        assert value >= 0
+    except UnitError:
+        return
+    assert math.isfinite(value)
+    assert value >= 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -45,6 +46,27 @@ class Stream:
                  "share of the weights that stays resident", low=0.0, high=1.0),
             Knob("reader_threads", "demand", READER_THREADS, "reads in flight", default=32, low=1, high=1024),
         )
+
+    def refine(self, context: Context, block: Block, fixed: Mapping[str, object]) -> Block:
+        """Add the largest resident share that fits, which a grid would round down.
+
+        Memory grows linearly in the share between its ends, so two footprints give the answer.
+        """
+        if "resident_ratio" in fixed:
+            return block
+        threads = np.unique(block.columns["reader_threads"])
+        ends = Block(block.structural, {"resident_ratio": np.array([0.0, 1.0]), "reader_threads": threads[:1].repeat(2)})
+        share = 1.0
+        for tier, used in dense_footprint(context, ends).items():
+            empty, full = float(used[0]), float(used[1])
+            room = context.budget_bytes[tier] - empty
+            if full > empty and room < full - empty:
+                share = min(share, room / (full - empty) * (1 - 1e-9))
+        if not 0 < share < 1:
+            return block
+        return Block(block.structural, {
+            "resident_ratio": np.concatenate([block.columns["resident_ratio"], np.full(len(threads), share)]),
+            "reader_threads": np.concatenate([block.columns["reader_threads"], threads])})
 
     def footprint(self, context: Context, block: Block) -> dict[str, NDArray[np.float64]]:
         return dense_footprint(context, block)

@@ -1,0 +1,244 @@
+"""Which commands are there? Options as the contract says; each command calls one function and renders it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from simmem.errors import SpecError
+
+__all__ = ["app", "command"]
+
+app = typer.Typer(
+    name="simmem", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
+    help="Plan inference with models that do not fit in fast memory: what lives where, what moves when, how fast.")
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+
+
+def command() -> Any:
+    """The command behind the app; its type is click's, or that of the copy of click which newer typers carry."""
+    return typer.main.get_command(app)
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        from simmem import __version__
+
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True, help="Show version.")] = False,
+) -> None:
+    del version
+
+
+def _settings(pairs: list[str] | None) -> dict[str, object]:
+    found: dict[str, object] = {}
+    for pair in pairs or []:
+        name, sign, value = pair.partition("=")
+        if not sign or not name or not value:
+            raise SpecError(f"found {pair!r}, expected KNOB=VALUE", key="--set")
+        if name in found:
+            raise SpecError(f"the knob {name!r} is set twice", key="--set")
+        found[name] = value
+    return found
+
+
+@app.command()
+def plan(
+    device: Annotated[str, typer.Option(help="Built-in name or TOML file (see `simmem devices`).")],
+    model: Annotated[str, typer.Option(help="Built-in name or TOML file (see `simmem models`).")],
+    dram: Annotated[str | None, typer.Option(help="Everything the process may hold there, e.g. 6.7GB.")] = None,
+    vram: Annotated[str | None, typer.Option(help="The same for GPU memory; an error on unified memory.")] = None,
+    prompt: Annotated[int, typer.Option(help="Prompt tokens.")] = 128,
+    new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens to generate.")] = 256,
+    batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
+    weights: Annotated[str | None, typer.Option(help="fp32 fp16 bf16 int8 int4 int3 int2; default: searched.")] = None,
+    kv: Annotated[str, typer.Option(help="Precision of keys and values.")] = "fp16",
+    trace: Annotated[str | None, typer.Option(help="Built-in name or file (see `simmem traces`).")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="Only this policy; may be repeated.")] = None,
+    settings: Annotated[list[str] | None, typer.Option("--set", help="Hold a knob: KNOB=VALUE; repeatable.")] = None,
+    objective: Annotated[str, typer.Option(help="latency, throughput, energy or memory.")] = "latency",
+    engine: Annotated[str | None, typer.Option(help="Use what a named software stack achieves, where known.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Write the plan there as JSON.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Find the best policy for a model on a device, and say what to expect of it."""
+    from simmem.planner.api import answer, ask
+
+    question = ask(device, model, dram=dram, vram=vram, prompt=prompt, new_tokens=new_tokens, batch=batch,
+                   weights=weights, kv=kv, trace=trace, policy=policy or None, knobs=_settings(settings),
+                   objective=objective, engine=engine)
+    found = answer(question)
+    if out is not None:
+        from simmem.report.files import write_text
+
+        write_text(out, found.to_json() + "\n")
+    if as_json:
+        typer.echo(found.to_json())
+    else:
+        from simmem.report.plan import print_plan
+
+        print_plan(found, question.device)
+
+
+@app.command()
+def simulate(
+    plan_file: Annotated[Path, typer.Argument(metavar="PLAN", help="A plan written by `simmem plan --out`.")],
+    tokens: Annotated[int, typer.Option(help="Trace tokens to run, 1 to 64.", min=1, max=64)] = 8,
+    timeline: Annotated[Path | None, typer.Option(help="Write a Chrome/Perfetto trace there.")] = None,
+    background: Annotated[list[str] | None, typer.Option(
+        help="Load by other programs: RESOURCE=SHARE, e.g. memory.dram=0.3; repeatable.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Run one plan through the event engine, token by token."""
+    from simmem.planner.replan import read_plan, resimulate
+
+    load = {}
+    for pair in background or []:
+        name, _, share = pair.partition("=")
+        try:
+            load[name] = float(share)
+        except ValueError:
+            raise SpecError(f"found {pair!r}, expected RESOURCE=SHARE", key="--background") from None
+    written = read_plan(plan_file)
+    result, lines = resimulate(written, tokens, load, file=str(plan_file))
+    if timeline is not None:
+        from simmem.report.files import write_text
+        from simmem.report.perfetto import chrome_trace
+
+        write_text(timeline, chrome_trace(lines, f"{written.model} on {written.device}: {written.policy.name}"))
+    if as_json:
+        typer.echo(result.model_dump_json(by_alias=True, indent=2))
+    else:
+        from simmem.report.plan import print_simulation
+
+        print_simulation(result)
+
+
+@app.command()
+def capture(
+    model: Annotated[str, typer.Option(help="A model that can be run here: smollm2-135m, a folder or a GGUF file.")],
+    out: Annotated[Path, typer.Option(help="Write the trace there (.safetensors).")],
+    text: Annotated[Path | None, typer.Option(help="UTF-8 prose; default: the shipped excerpt.")] = None,
+    criterion: Annotated[str, typer.Option(help="wina, magnitude or gate.")] = "wina",
+    sparsity: Annotated[float, typer.Option(help="Share of FFN neurons to drop, in (0, 1).")] = 0.5,
+    tokens: Annotated[int, typer.Option(help="Tokens to record.")] = 512,
+    threads: Annotated[int | None, typer.Option(help="CPU threads for torch.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Record which units a real torch run touches, and what dropping the others costs."""
+    import sys
+
+    from simmem.report.files import check_writable
+    from simmem.runtime.capture import capture as run
+    from simmem.runtime.capture import default_text_path
+    from simmem.trace.store import save_trace
+
+    check_writable(out)
+    found = run(model, text or default_text_path(), criterion=criterion, sparsity=sparsity, tokens=tokens,
+                threads=threads, progress=lambda line: print(line, file=sys.stderr))
+    save_trace(found, out)
+    if as_json:
+        typer.echo(found.header.model_dump_json(by_alias=True, indent=2))
+    else:
+        from simmem.report.listing import print_trace
+
+        print_trace(found.header, found.active_share)
+
+
+@app.command()
+def replay(
+    trace: Annotated[str, typer.Argument(help="Built-in name or file.")],
+    model: Annotated[str | None, typer.Option(help="Model whose shape a synthetic trace takes.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(help="window or lru; may be repeated.")] = None,
+    size: Annotated[list[str] | None, typer.Option(help="Cache size, e.g. 100MB; may be repeated.")] = None,
+    window: Annotated[list[int] | None, typer.Option(help="Window in tokens; may be repeated.")] = None,
+    everywhere: Annotated[bool, typer.Option("--global", help="One cache for all layers.")] = False,
+    weights: Annotated[str | None, typer.Option(help="Precision that units are stored at.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Which cache policy, and what size? Hits and bytes of cache policies on a trace, without running anything."""
+    from simmem.report.replay import replay_answer
+
+    document = replay_answer(trace, model=model, policies=policy, sizes=size, windows=window, everywhere=everywhere,
+                             weights=weights)
+    if as_json:
+        import json
+
+        typer.echo(json.dumps(document, indent=2))
+    else:
+        from simmem.report.replay import print_replay
+
+        print_replay(document)
+
+
+@app.command()
+def reproduce(
+    name: Annotated[list[str] | None, typer.Argument(help="Built-in reference sets; default: all.")] = None,
+    reference: Annotated[list[Path] | None, typer.Option(help="Your own rows (TOML); may be repeated.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Compare published results with predictions; exit 1 where one is outside its tolerance."""
+    from simmem.validation.reference import reproduce as run
+
+    document = run(name or [], reference or [])
+    if as_json:
+        typer.echo(document.model_dump_json(by_alias=True, indent=2))
+    else:
+        from simmem.report.reference import print_reproduction
+
+        print_reproduction(document)
+    if document.failed:
+        raise typer.Exit(1)
+
+
+def _list(what: str, name: str | None, as_json: bool) -> None:
+    from simmem.report.listing import list_names, show
+
+    if name is None:
+        list_names(what, as_json)
+    else:
+        show(what, name, as_json)
+
+
+Name = Annotated[str | None, typer.Argument(help="Show this one, with its sources.")]
+
+
+@app.command()
+def devices(name: Name = None, as_json: Json = False) -> None:
+    """List devices, or show one with every figure, its kind and its source."""
+    _list("device", name, as_json)
+
+
+@app.command()
+def models(name: Name = None, as_json: Json = False) -> None:
+    """List models, or show one with its parameters and bytes per tensor group."""
+    _list("model", name, as_json)
+
+
+@app.command()
+def traces(name: Name = None, as_json: Json = False) -> None:
+    """List traces, or show one with its provenance and statistics."""
+    _list("trace", name, as_json)
+
+
+@app.command()
+def policies(name: Name = None, as_json: Json = False) -> None:
+    """List policies, or show one with its knobs."""
+    _list("policy", name, as_json)
+
+
+@app.command()
+def schema(name: Annotated[str | None, typer.Argument(help="plan, error, replay, reproduce, ...")] = None) -> None:
+    """Print the JSON schemas of every document, or of one."""
+    from simmem.report.schema import print_schema
+
+    print_schema(name)
+

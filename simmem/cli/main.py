@@ -1,0 +1,94 @@
+"""How does a command end? One document or one clear line, and the exit code of the contract."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Any
+
+import typer
+
+from simmem.errors import MachineError, SimmemError
+
+__all__ = ["main"]
+
+INTERNAL_ERROR = 70
+INTERRUPTED = 130
+
+# The base of every error in the use of options. click's own, or that of the copy which newer typers carry inside: neither
+# exports it, and click need not be installed.
+_USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Run a command and exit with the code of the contract."""
+    arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
+    as_json = "--json" in arguments
+    code: int
+    try:
+        from simmem.cli.app import command
+
+        result = command().main(args=arguments, prog_name="simmem", standalone_mode=False)
+        code = result if isinstance(result, int) else 0
+        sys.stdout.flush()
+    except typer.Exit as stop:
+        code = stop.exit_code
+    except (KeyboardInterrupt, typer.Abort):
+        print("simmem: interrupted", file=sys.stderr)
+        code = INTERRUPTED
+    except _USAGE_ERROR as error:
+        code = _fail(_usage_problem(error), "SpecError", as_json)
+    except SimmemError as error:
+        code = _fail(error, type(error).__name__, as_json)
+    except BrokenPipeError:  # the reader of our output went away, which is its business
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 0
+    except MemoryError:
+        code = _fail(MachineError("out of memory"), "MachineError", as_json)
+    except OSError as error:
+        code = _fail(MachineError(str(error.strerror or error), file=_name(error)), "MachineError", as_json)
+    except Exception as error:
+        traceback.print_exc()
+        code = INTERNAL_ERROR
+        if as_json:
+            _print_error("InternalError", SimmemError(f"{type(error).__name__}: {error}"))
+    sys.exit(code)
+
+
+def _usage_problem(error: Any) -> SimmemError:
+    """What is wrong with the options, with the option as the key where one is to blame."""
+    see = f"(see {getattr(getattr(error, 'ctx', None), 'command_path', 'simmem')} --help)"
+    option, name = getattr(error, "param", None), getattr(error, "option_name", None)
+    what = type(error).__name__
+    if option is not None:
+        name = option.opts[-1] if option.opts[-1].startswith("-") else option.metavar or option.name
+        if what == "MissingParameter":
+            return SimmemError(f"is required {see}", key=name)
+        problems = getattr(error.__cause__, "errors", list)()  # of pydantic, which newer typers convert with
+        found = f"found {problems[0]['input']!r}: " if problems else ""
+        return SimmemError(f"{found}{error.message} {see}", key=name)
+    if what == "NoSuchOption":
+        close = f", did you mean {' or '.join(sorted(error.possibilities))}?" if error.possibilities else ""
+        return SimmemError(f"no such option{close} {see}", key=name)
+    if what == "BadOptionUsage":
+        return SimmemError(f"{error.message.removeprefix(f'Option {name!r} ')} {see}", key=name)
+    return SimmemError(f"{error.format_message().rstrip('.')} {see}")
+
+
+def _name(error: OSError) -> str | None:
+    return str(error.filename) if error.filename is not None else None
+
+
+def _fail(error: SimmemError, kind: str, as_json: bool) -> int:
+    if as_json and error.exit_code != 1:
+        _print_error(kind, error)
+    print(f"simmem: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _print_error(kind: str, error: SimmemError) -> None:
+    print(json.dumps({"schema": "simmem.error/1", "kind": kind, "message": error.message, "file": error.file,
+                      "key": error.key, "tier": error.tier, "missing_bytes": error.missing_bytes}))

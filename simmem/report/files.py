@@ -1,0 +1,49 @@
+"""How is a file written so that nothing half-written is ever left behind?"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from pathlib import Path
+
+from simmem.errors import MachineError, SpecError
+
+__all__ = ["check_writable", "write_text"]
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write to a temporary file beside `path`, then rename it into place.
+
+    Raises SpecError where the folder does not exist, MachineError where it cannot be written.
+    """
+    folder = path.parent
+    if not folder.is_dir():
+        raise SpecError("the folder it should be written to does not exist", file=str(path))
+    if path.is_dir():
+        raise SpecError("is a folder, expected a file to write", file=str(path))
+    temporary = None
+    try:
+        handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
+        with os.fdopen(handle, "w", encoding="utf-8") as stream:
+            stream.write(text)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise MachineError(f"cannot be written: {error.strerror or error}", file=str(path)) from None
+    finally:
+        if temporary is not None:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(temporary)
+
+
+def check_writable(path: Path) -> None:
+    """Raise now rather than after a long run if `path` could not be written."""
+    if not path.parent.is_dir():
+        raise SpecError("the folder it should be written to does not exist", file=str(path))
+    if path.is_dir():
+        raise SpecError("is a folder, expected a file to write", file=str(path))
+    if not os.access(path.parent, os.W_OK):
+        raise MachineError("cannot be written: the folder is read-only", file=str(path))

@@ -1,0 +1,178 @@
+"""A plan as an engineer reads it: what lives where, what moves when, how fast, what limits it, what helps."""
+
+from __future__ import annotations
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from simmem.planner.document import Plan, Predicted
+from simmem.planner.explain import LIMITS
+from simmem.planner.replan import Simulation
+from simmem.spec.device import Device
+from simmem.units import format_quantity
+
+__all__ = ["print_plan", "print_simulation"]
+
+CAVEATS = {
+    "measured": "The figures this plan rests on were measured.",
+    "datasheet": "This plan rests on data-sheet figures: real rates are lower.",
+    "derived": "This plan rests on figures derived from others (±25 %).",
+    "fitted": "This plan rests on figures fitted to published runs (±25 %).",
+    "estimated": "This plan rests on ESTIMATED figures (×/÷1.5 each): read its interval, not its number.",
+}
+
+
+def _b(value: float) -> str:
+    return format_quantity(value, "bytes")
+
+
+def _chunk(value: float) -> str:
+    return f"{value / 1024:.3g} KiB" if value < 1 << 20 else f"{value / (1 << 20):.3g} MiB"
+
+
+def _s(value: float) -> str:
+    return format_quantity(value, "s")
+
+
+def _table(*columns: str) -> Table:
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+    return table
+
+
+def _section(console: Console, title: str, body: object) -> None:
+    console.print(Text(title, style="bold"))
+    console.print(Padding(body, (0, 0, 1, 2)))  # type: ignore[arg-type]
+
+
+def print_plan(plan: Plan, device: Device) -> None:
+    """Print a plan on stdout."""
+    console = Console(highlight=False)
+    p, w = plan.predicted, plan.workload
+    estimated = sum(f.kind == "estimated" for f in device.figures().values())
+    caveat = CAVEATS[plan.evidence.weakest_kind]
+    if estimated:
+        caveat += f" {estimated} of the {len(device.figures())} figures of {device.name} are estimated " \
+                  f"(`simmem devices {device.name}`)."
+    console.print(Text(caveat, style="yellow" if plan.evidence.weakest_kind == "estimated" else "dim"))
+    console.print()
+    console.print(Text.assemble(
+        (f"{plan.model} on {device.title}", "bold"),
+        f"\n{w.prompt_tokens} prompt tokens, {w.new_tokens} new, batch {w.batch}"))
+    console.print()
+
+    low, high = p.token_latency_interval_s
+    headline = Text.assemble(
+        (f"{plan.policy.name}, {w.weights} weights: {_s(p.token_latency_s)} a token", "bold green"),
+        f" (90 % interval {_s(low)} to {_s(high)})"
+        f"\n{p.decode_tokens_per_s:.3g} tokens/s; first token after {_s(p.first_token_s)}, loading {_s(p.load_s)}"
+        f"\nquality: {_quality(plan)}")
+    console.print(Padding(headline, (0, 0, 1, 0)))
+
+    body = Text()
+    for number, reason in enumerate(plan.why):
+        body.append(("\n" if number else "") + "· " + reason[0].upper() + reason[1:] + ".")
+    _section(console, "Why", body)
+
+    table = _table("What lives where", "tier", "bytes")
+    for part in plan.residency:
+        table.add_row(part.tensors, part.tier, _b(part.bytes))
+    _section(console, "Residency", table)
+    table = _table("tier", "used", "budget", "")
+    for tier, use in plan.memory.items():
+        table.add_row(tier, _b(use.used_bytes), _b(use.budget_bytes),
+                      format_quantity(use.used_bytes / use.budget_bytes, "ratio", 2))
+    _section(console, "Memory", table)
+
+    _section(console, "What moves, per token", _moves(plan, p))
+    table = _table("part of a token (critical path)", "time", "share")
+    for part, seconds in sorted(p.breakdown_s.items(), key=lambda item: -item[1]):
+        if seconds > 0:
+            table.add_row(LIMITS[part], _s(seconds), format_quantity(seconds / p.token_latency_s, "ratio", 2))
+    _section(console, "Where the time goes", table)
+
+    if plan.sensitivity:
+        table = _table("figure", "changed by", "token latency", "")
+        for s in plan.sensitivity[:6]:
+            table.add_row(s.figure, f"{100 * s.change:+.0f} %", f"{100 * s.token_latency_change:+.1f} %",
+                          "replanned" if s.replanned else "")
+        _section(console, "What would help", table)
+
+    table = _table("instead", "weights", "token latency", "this plan is")
+    for b in sorted(plan.baselines, key=lambda b: b.token_latency_s):
+        table.add_row(b.policy, w.weights, _s(b.token_latency_s), f"{b.speedup:.3g} × as fast")
+    for a in plan.alternatives:
+        table.add_row(a.policy, a.weights, _s(a.predicted.token_latency_s),
+                      f"{a.predicted.token_latency_s / p.token_latency_s:.3g} × as fast")
+    table.add_row("bound: no plan can beat", w.weights, _s(plan.bound.token_latency_s), plan.bound.resource)
+    _section(console, "What it beats", table)
+
+    if plan.pareto:
+        table = _table("latency against memory", "weights", "token latency", "memory")
+        for a in plan.pareto:
+            used = sum(u.used_bytes for t, u in a.memory.items() if t != device.storage)
+            table.add_row(a.policy, a.weights, _s(a.predicted.token_latency_s), _b(used))
+        _section(console, "Less memory", table)
+
+    e = plan.evidence
+    gap = "not searched for" if e.search_gap is None else format_quantity(e.search_gap, "ratio", 3)
+    trace = "no trace" if plan.trace is None else f"{plan.trace.kind} trace {plan.trace.name}"
+    console.print(Text(f"Evidence: {e.engine} engine, cost model {e.cost_model}, weakest figure {e.weakest_kind}, "
+                       f"search gap {gap}, {trace}.", style="dim"))
+
+
+def _quality(plan: Plan) -> str:
+    q = plan.quality
+    if q.perplexity_ratio is None:
+        return f"unknown ({q.source})" if q.source else "unknown: the trace does not say what its sparsity costs"
+    if q.perplexity_ratio == 1.0:
+        return str(q.source)
+    return f"perplexity × {q.perplexity_ratio:.3f} ({q.source})"
+
+
+def _moves(plan: Plan, p: Predicted) -> Text | Table:
+    moving = {k: v for k, v in p.bytes_per_token.items() if v > 0}
+    if not moving:
+        return Text("nothing: all that a token needs is resident")
+    knobs = plan.policy.knobs
+    table = _table("link", "bytes", "how")
+    for name, amount in moving.items():
+        how = [f"{_chunk(amount / p.requests_per_token[name])} at a time"] if p.requests_per_token[name] else []
+        if name in p.bytes_per_token and "reader_threads" in knobs and p.requested_bytes_per_token:
+            how.append(f"{knobs['reader_threads']} reads in flight")
+        if knobs.get("bundled"):
+            how.append("row and column of a neuron in one read")
+        if knobs.get("coalesce"):
+            how.append("near neurons merged")
+        if knobs.get("prefetch_layers"):
+            how.append(f"{knobs['prefetch_layers']} layer(s) ahead")
+        table.add_row(name, _b(amount), ", ".join(how))
+    for name, cache in p.cache.items():
+        table.add_row(f"{name} cache", _b(cache.bytes_per_token),
+                      f"{format_quantity(cache.hit_ratio, 'ratio')} of needed neurons are already cached, "
+                      f"window {knobs.get('window_tokens', '-')} tokens")
+    return table
+
+
+def print_simulation(result: Simulation) -> None:
+    """Print what the event engine said of a plan."""
+    console = Console(highlight=False)
+    q = result.token_latency_percentiles_s
+    change = result.token_latency_s / result.planned_token_latency_s - 1
+    console.print(Text.assemble(
+        (f"{result.policy}, {result.model} on {result.device}: {_s(result.token_latency_s)} a token", "bold"),
+        f" over {result.tokens} trace tokens ({100 * change:+.2f} % against the plan)"
+        f"\np50 {_s(q.p50)}, p95 {_s(q.p95)}, p99 {_s(q.p99)}; engine: {result.engine}\n"))
+    table = _table("part of a token (critical path)", "time")
+    for part, seconds in sorted(result.breakdown_s.items(), key=lambda item: -item[1]):
+        if seconds > 0:
+            table.add_row(LIMITS[part], _s(seconds))
+    _section(console, "Where the time goes", table)
+    table = _table("stream", "busy", "share")
+    for name, seconds in result.busy_s.items():
+        if seconds > 0:
+            table.add_row(name, _s(seconds), format_quantity(seconds / result.token_latency_s, "ratio", 2))
+    _section(console, "How busy", table)

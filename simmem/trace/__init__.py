@@ -1,0 +1,92 @@
+"""Traces: which units every token touched, captured or synthetic, and what caches make of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from simmem.errors import SpecError, TraceError
+from simmem.spec import library
+from simmem.spec.base import load_toml
+from simmem.spec.model import Model
+from simmem.trace.curves import replay_document
+from simmem.trace.replay import lru_curve, run_table, shrink_to_capacity, window_curve, window_table
+from simmem.trace.statistics import trace_statistics
+from simmem.trace.store import load_trace_file, read_header, save_trace
+from simmem.trace.synthetic import SyntheticSpec, generate, load_synthetic
+from simmem.trace.trace import Quality, Trace, TraceHeader, digest_of
+
+__all__ = [
+    "Quality",
+    "SyntheticSpec",
+    "Trace",
+    "TraceHeader",
+    "default_trace_file",
+    "digest_of",
+    "generate",
+    "load_synthetic",
+    "load_trace_file",
+    "lru_curve",
+    "open_trace",
+    "read_header",
+    "replay_document",
+    "run_table",
+    "save_trace",
+    "shrink_to_capacity",
+    "trace_statistics",
+    "window_curve",
+    "window_table",
+]
+
+
+def open_trace(name_or_path: str | None, model: Model, *, batch: int = 1, n_tokens: int | None = None) -> Trace | None:
+    """The trace to plan a model with.
+
+    Parameters
+    ----------
+    name_or_path : a built-in trace, a synthetic spec (.toml) or a trace file (.safetensors); the model's default
+        when None (see `default_trace_file`).
+    batch : sequences decoded together; a step touches the union of what they use.
+    n_tokens : decode steps: what a synthetic trace draws, and at most what is taken of a captured one.
+
+    Returns
+    -------
+    The trace, or None when none is named and the model has no default.
+
+    Raises
+    ------
+    UnknownNameError, SpecError, TraceError
+        No such trace; a damaged one; one with other layers or units than the model; too few tokens for the batch.
+    """
+    if batch < 1 or (n_tokens is not None and n_tokens < 1):
+        raise SpecError(f"found a batch of {batch} and {n_tokens} tokens, expected at least 1", key="trace")
+    path = default_trace_file(model) if name_or_path is None else library.resolve("trace", name_or_path)
+    if path is None:
+        return None
+    if path.suffix == ".toml":
+        return generate(load_synthetic(path), model, n_tokens, batch=batch)
+    if path.suffix != ".safetensors":
+        raise TraceError("is not a trace: expected a .safetensors file or the .toml file of a synthetic trace",
+                         file=str(path))
+    trace = load_trace_file(path)
+    trace.check_model(model)
+    trace = trace.batched(batch)
+    if n_tokens is not None and n_tokens < trace.header.n_tokens:
+        trace = Trace(trace.header.model_copy(update={"n_tokens": n_tokens}), trace.active[:n_tokens])
+    return trace
+
+
+def default_trace_file(model: Model) -> Path | None:
+    """The built-in trace a model is planned with when none is named.
+
+    A captured trace of this very model before a synthetic one. Captured files are named
+    `<model>-<criterion>-<sparsity>`, so the first by name is the least sparse and costs the least quality.
+    """
+    paths = [library.resolve("trace", name) for name in library.names("trace")]
+    for path in paths:
+        if path.suffix == ".safetensors" and path.stem.startswith(f"{model.name}-") \
+                and read_header(path).model == model.name:
+            return path
+    for path in paths:
+        if path.suffix == ".toml" and model.name in load_toml(path).get("serves", ()):
+            return path
+    return None
