@@ -97,11 +97,11 @@ def format_quantity(value: float, dimension: str, digits: int = 3) -> str:
     if dimension == "ratio":
         return f"{100 * value:.{max(digits - 2, 0)}f} %"
     unit = _TABLE[dimension][0]
-    ladder = {k: v for k, v in (_SMALL if dimension in ("s",) or "joule" in dimension else _DECIMAL).items()
-              if k not in ("u", "μ")}
-    for prefix, scale in sorted(ladder.items(), key=lambda item: -item[1]):
-        if abs(value) >= scale:
-            break
+    small = dimension == "s" or dimension.startswith("joule")
+    ladder = {"": 1.0, "m": 1e-3, "µ": 1e-6, "n": 1e-9, "p": 1e-12} if small else _DECIMAL
+    fitting = [k for k, v in ladder.items() if abs(value) >= v]
+    prefix = max(fitting, key=ladder.__getitem__) if fitting else min(ladder, key=ladder.__getitem__)
+    scale = ladder[prefix]
     number = value / scale
     text = f"{number:.{digits}g}" if abs(number) < 10**digits else f"{number:.0f}"
     return f"{text} {prefix}{unit}"

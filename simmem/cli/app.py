@@ -143,7 +143,7 @@ def capture(
 
     check_writable(out)
     found = run(model, text or default_text_path(), criterion=criterion, sparsity=sparsity, tokens=tokens,
-                threads=threads, progress=lambda line: print(line, file=sys.stderr))
+                threads=threads, progress=lambda what, share: print(f"{what} ({share:.0%})", file=sys.stderr))
     save_trace(found, out)
     if as_json:
         typer.echo(found.header.model_dump_json(by_alias=True, indent=2))

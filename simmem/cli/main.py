@@ -18,8 +18,8 @@ __all__ = ["main"]
 INTERNAL_ERROR = 70
 INTERRUPTED = 130
 
-# The base of every error in the use of options. click's own, or that of the copy which newer typers carry inside: neither
-# exports it, and click need not be installed.
+# The base of every error in the use of options: click's, or that of the copy of click which newer typers carry inside.
+# Neither exports it, and click itself need not be installed.
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 
@@ -50,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         code = _fail(MachineError("out of memory"), "MachineError", as_json)
     except OSError as error:
         code = _fail(MachineError(str(error.strerror or error), file=_name(error)), "MachineError", as_json)
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001 - a bug: it keeps its traceback and has an exit code of its own
         traceback.print_exc()
         code = INTERNAL_ERROR
         if as_json:
@@ -67,14 +67,14 @@ def _usage_problem(error: Any) -> SimmemError:
         name = option.opts[-1] if option.opts[-1].startswith("-") else option.metavar or option.name
         if what == "MissingParameter":
             return SimmemError(f"is required {see}", key=name)
-        problems = getattr(error.__cause__, "errors", list)()  # of pydantic, which newer typers convert with
+        problems: list[Any] = getattr(error.__cause__, "errors", list)()  # of pydantic, which newer typers convert with
         found = f"found {problems[0]['input']!r}: " if problems else ""
         return SimmemError(f"{found}{error.message} {see}", key=name)
     if what == "NoSuchOption":
         close = f", did you mean {' or '.join(sorted(error.possibilities))}?" if error.possibilities else ""
         return SimmemError(f"no such option{close} {see}", key=name)
     if what == "BadOptionUsage":
-        return SimmemError(f"{error.message.removeprefix(f'Option {name!r} ')} {see}", key=name)
+        return SimmemError(f"{error.message.removeprefix(f'Option {name!r} ').rstrip('.')} {see}", key=name)
     return SimmemError(f"{error.format_message().rstrip('.')} {see}")
 
 
@@ -85,7 +85,8 @@ def _name(error: OSError) -> str | None:
 def _fail(error: SimmemError, kind: str, as_json: bool) -> int:
     if as_json and error.exit_code != 1:
         _print_error(kind, error)
-    print(f"simmem: {error}", file=sys.stderr)
+    line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # one line, whatever a name holds
+    print(f"simmem: {line}", file=sys.stderr)
     return error.exit_code
 
 

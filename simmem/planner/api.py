@@ -55,6 +55,7 @@ Array = NDArray[np.float64]
 OBJECTIVES = ("latency", "throughput", "energy", "memory")
 SCORING_ROWS = 8
 FINAL_ROWS = 64
+SIDE_ROWS = 2
 SURVIVORS = 48
 """Candidates of a policy and precision that go from one token to eight."""
 EVENT_LIMIT = 8
@@ -326,7 +327,7 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
                    for p in best.policy.placements(context, best.block)],
         memory=memory_use(best), predicted=predicted, quality=quality_of(best), bound=lower_bound(context),
         baselines=_baselines(question, same, best, predicted.token_latency_s),
-        sensitivity=[] if brief else _sensitivities(question, best, few),
+        sensitivity=[] if brief else _sensitivities(question, best, stratified_rows(context, best.policy, SIDE_ROWS)),
         alternatives=[] if brief else [alternative(f.ranked[0], _some(f.ranked[0]))
                                        for f in found if f.context is not context and f.ranked],
         pareto=[] if brief else [alternative(c, _some(c)) for c in _front(ranked)],
@@ -342,7 +343,8 @@ def _notes(candidate: Candidate, rows: NDArray[np.int64]) -> list[str]:
 
 
 def _some(candidate: Candidate) -> NDArray[np.int64]:
-    return stratified_rows(candidate.context, candidate.policy, 4)
+    """Tokens that entries of the front and the alternatives are run on."""
+    return stratified_rows(candidate.context, candidate.policy, SIDE_ROWS)
 
 
 def _baselines(question: Question, same: Found, best: Candidate, latency_s: float) -> list[Baseline]:
@@ -404,7 +406,7 @@ def _sensitivities(question: Question, best: Candidate, rows: NDArray[np.int64])
     used = {agent, *(() if best.context.host_agent is None else (best.context.host_agent,))}
     for key in uncertain_figures(best.context):
         part, name = key.split(".")[:2]
-        if (part == "agent" and name not in used) or part == "memory" or key.endswith("_share") and part == "agent":
+        if (part == "agent" and name not in used) or part == "memory" or (part, key[-6:]) == ("agent", "_share"):
             continue  # an achieved share moves the latency exactly as its rate does
         if part == "link" and name not in best.context.path_to(agent):
             continue
@@ -419,7 +421,7 @@ def _sensitivities(question: Question, best: Candidate, rows: NDArray[np.int64])
         again = search(replace(question, budget_bytes=budget), best.context.workload.weights)
         if again.ranked:
             other, _ = _prove(again.ranked)
-            change = token_seconds(other, stratified_rows(other.context, other.policy, SCORING_ROWS)) / base - 1.0
+            change = token_seconds(other, stratified_rows(other.context, other.policy, len(rows))) / base - 1.0
             found.append(Sensitivity(figure=f"memory.{tier}.budget", change=SENSITIVITY_CHANGE,
                                      token_latency_change=min(change, 0.0), replanned=True))
     return sorted(found, key=lambda s: -abs(s.token_latency_change))

@@ -120,7 +120,7 @@ def front(seconds: Array, held_bytes: Array) -> NDArray[np.int64]:
     order = np.lexsort((held_bytes, seconds))
     least = np.minimum.accumulate(held_bytes[order])
     better = np.concatenate([[True], held_bytes[order][1:] < least[:-1] * (1 - 1e-9)])
-    return order[better]
+    return np.asarray(order[better])
 
 
 def score(policy: Policy, context: Context, block: Block, rows: NDArray[np.int64], *,

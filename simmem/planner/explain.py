@@ -51,8 +51,8 @@ def reasons(plan: Plan, notes: list[str]) -> list[str]:
         top = helpful[0]
         word = "saves" if top.token_latency_change < 0 else "costs"
         found.append(f"{format_quantity(top.change, 'ratio', 2)} more {top.figure} {word} "
-                     f"{format_quantity(abs(top.token_latency_change), 'ratio')} of a token's time, the most of any figure"
-                     + (" (replanned)" if top.replanned else ""))
+                     f"{format_quantity(abs(top.token_latency_change), 'ratio')} of a token's time, the most of any "
+                     "figure" + (" (replanned)" if top.replanned else ""))
     found.append(f"no plan at {plan.workload.weights} can be faster than "
                  f"{format_quantity(plan.bound.token_latency_s, 's')} a token ({plan.bound.resource}); this one takes "
                  f"{p.token_latency_s / plan.bound.token_latency_s:.2f} times that")

@@ -195,7 +195,7 @@ def alternative(candidate: Candidate, rows: NDArray[np.int64]) -> Alternative:
     """A candidate as an entry of `alternatives` or `pareto`."""
     return Alternative(
         weights=candidate.context.workload.weights, policy=candidate.policy.name, knobs=candidate.knobs,
-        predicted=predict(candidate, rows, interval_rows=rows[:: max(len(rows) // 2, 1)]),
+        predicted=predict(candidate, rows, interval_rows=rows[:1]),
         memory=memory_use(candidate), quality=quality_of(candidate))
 
 

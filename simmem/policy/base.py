@@ -46,6 +46,8 @@ class Knob:
     default: KnobValue | None = None
     low: float | None = None
     high: float | None = None
+    unsearched: tuple[KnobValue, ...] = ()
+    """Values that may be set but are not worth searching."""
 
     def parse(self, given: object) -> KnobValue:
         """A value from the command line or a file, checked against the knob's type and range."""
@@ -69,8 +71,9 @@ class Knob:
                 raise SpecError(f"found {given!r}, expected a value from {self.low:g} to {self.high:g}", key=self.name)
             value = int(number) if isinstance(wanted, int) else number
         else:
-            if given not in self.values:
-                raise SpecError(f"found {given!r}, expected one of {', '.join(map(str, self.values))}", key=self.name)
+            allowed = (*self.values, *self.unsearched)
+            if given not in allowed:
+                raise SpecError(f"found {given!r}, expected one of {', '.join(map(str, allowed))}", key=self.name)
             value = str(given)
         return value
 

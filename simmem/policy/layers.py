@@ -167,7 +167,8 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
             feed.append(ops.compute(
                 "ffn", OpKind.COMPUTE, agent, 2.0 * batch * rows * model.unit_params,
                 rows * model.unit_params * matrix + ffn_vectors * vector, ffn_kernels,
-                {ops.memory: demands.layer_stream_bytes + units.read_bytes[layer]}, from_trace=True))
+                {ops.memory: demands.layer_stream_bytes + units.read_bytes[layer]},
+                from_trace=True))
     e = a.embedding_dim or a.d_model
     head_matrices = a.vocab * e + (2 * e * a.d_model if e != a.d_model else 0)
     head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * batch * head_matrices, weights(head_matrices, a.d_model * a.final_norm),

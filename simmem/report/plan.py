@@ -78,8 +78,8 @@ def print_plan(plan: Plan, device: Device) -> None:
     _section(console, "Why", body)
 
     table = _table("What lives where", "tier", "bytes")
-    for part in plan.residency:
-        table.add_row(part.tensors, part.tier, _b(part.bytes))
+    for placed in plan.residency:
+        table.add_row(placed.tensors, placed.tier, _b(placed.bytes))
     _section(console, "Residency", table)
     table = _table("tier", "used", "budget", "")
     for tier, use in plan.memory.items():

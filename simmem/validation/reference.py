@@ -140,8 +140,7 @@ def reproduce(names: Iterable[str] = (), files: Iterable[Path] = ()) -> Reproduc
     plans: dict[str, Plan | SimmemError] = {}
     values: dict[str, float] = {}
     for path in paths:
-        for raw in _raw_rows(path):
-            results.append(_judge(raw, path, plans, values))
+        results.extend([_judge(raw, path, plans, values) for raw in _raw_rows(path)])
     seen: set[str] = set()
     for row in results:
         if row.id in seen:

@@ -65,12 +65,14 @@ class FlashWindow:
         if context.trace is None:
             return ()
         own = context.trace.header.predictor
-        predictors: tuple[KnobValue, ...] = (own, "none") if own != "none" else ("none",)
+        # Without a predictor everything is read, which `stream` does sequentially: allowed, never best.
+        dense: tuple[KnobValue, ...] = ("none",) if own != "none" else ()
         return (
             agent_knob(context),
             Knob("prefetch_layers", "structural", (0, 1, 2), "layers the predictor looks ahead", default=0,
                  low=0, high=8),
-            Knob("predictor", "structural", predictors, "how units are known before they are read", default=own),
+            Knob("predictor", "structural", (own,), "how units are known before they are read", default=own,
+                 unsearched=dense),
             Knob("bundled", "demand", (True, False), "rows and columns of a neuron stored side by side", default=True),
             Knob("coalesce", "demand", (False, True), "merge reads whose gap costs less than a request",
                  default=False),
@@ -95,7 +97,8 @@ class FlashWindow:
 
     def _streamed(self, context: Context, block: Block) -> tuple[Array, Array]:
         share = 1.0 - block.columns["attention_resident"].astype(np.float64)
-        return share * context.group_bytes["attention"] / context.model.architecture.n_layers, share * context.head_bytes
+        layers = context.model.architecture.n_layers
+        return share * context.group_bytes["attention"] / layers, share * context.head_bytes
 
     def _predictor_bytes(self, context: Context, block: Block) -> float:
         if block.structural["predictor"] in ("none", "oracle"):
@@ -116,7 +119,8 @@ class FlashWindow:
         # As many as a token can touch in one layer: where the budget binds, a token may find nothing cached.
         everything = block.structural["predictor"] == "none"
         worst = float(context.table.n_units if everything else context.table.active_units.max())
-        slots = np.array([np.multiply(*self._slot_bytes(context, bool(b))) for b in block.columns["bundled"]])
+        split, whole = (np.multiply(*self._slot_bytes(context, bundled)) for bundled in (False, True))
+        slots = np.where(block.columns["bundled"].astype(np.bool_), whole, split)
         return np.asarray((int(block.structural["prefetch_layers"]) + 1) * worst * slots)
 
     def _cache(self, context: Context, block: Block) -> _Cache:
@@ -152,7 +156,8 @@ class FlashWindow:
                 held.append(shrunk.held_units)
                 used.append(shrunk.window)
                 kept.append(float(capacity.sum() * context.unit_bytes))
-        return _Cache(np.array(new), np.array(held), np.array(used), state.reshape(-1), np.array(kept)[state].reshape(-1))
+        state = state.reshape(-1)
+        return _Cache(np.array(new), np.array(held), np.array(used), state, np.array(kept)[state])
 
     def footprint(self, context: Context, block: Block) -> dict[str, Array]:
         fast = context.memory_of(str(block.structural["agent"]))

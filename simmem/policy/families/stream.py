@@ -55,7 +55,8 @@ class Stream:
         if "resident_ratio" in fixed:
             return block
         threads = np.unique(block.columns["reader_threads"])
-        ends = Block(block.structural, {"resident_ratio": np.array([0.0, 1.0]), "reader_threads": threads[:1].repeat(2)})
+        ends = Block(block.structural, {"resident_ratio": np.array([0.0, 1.0]),
+                                        "reader_threads": threads[:1].repeat(2)})
         share = 1.0
         for tier, used in dense_footprint(context, ends).items():
             empty, full = float(used[0]), float(used[1])
