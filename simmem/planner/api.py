@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.errors import InfeasiblePlanError, SpecError
+from simmem.planner.bound import agent_bound, lower_bound
 from simmem.planner.candidate import Candidate, blocks, capacity_cut, front, score, stratified_rows
 from simmem.planner.document import (
     Baseline,
@@ -31,7 +32,6 @@ from simmem.planner.document import (
 from simmem.planner.explain import reasons
 from simmem.planner.predict import (
     alternative,
-    lower_bound,
     memory_use,
     predict,
     prefill_seconds,
@@ -165,10 +165,15 @@ def search(question: Question, weights: str) -> Found:
     context = question.context(weights)
     ranked: list[Candidate] = []
     nearest: tuple[float, str] | None = None
+    floor = {name: agent_bound(context, name).token_latency_s for name in context.device.agent}
+    fastest = float("inf")
     for name in question.policy_names:
         policy = policy_named(name)
         pool: list[Candidate] = []
         for block in blocks(policy, context, question.fixed, defaults=question.defaults):
+            # Nothing this agent could do is as fast as what was already found: the whole block is out.
+            if question.objective == "latency" and floor[str(block.structural["agent"])] > fastest:
+                continue
             cut = capacity_cut(policy, context, block)
             if not cut.fits.any():
                 nearest = min(nearest or (cut.missing_bytes, cut.binding_tier), (cut.missing_bytes, cut.binding_tier))
@@ -182,7 +187,9 @@ def search(question: Question, weights: str) -> Found:
             chosen = list(dict.fromkeys([*best.tolist(), *lean.tolist()]))
             pool += [Candidate(context, policy, block.only(np.array([i])), float(seconds[i]), float(held[i]))
                      for i in chosen]
-        ranked += _rescore(policy, context, _thin(pool))
+        scored = _rescore(policy, context, _thin(pool))
+        fastest = min([fastest, *(c.score_s for c in scored)])
+        ranked += scored
     ranked.sort(key=lambda c: c.score_s)
     return Found(context, tuple(ranked), nearest[1] if nearest else None, nearest[0] if nearest else 0.0)
 

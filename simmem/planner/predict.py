@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from simmem.cost.roofline import arithmetic_peak, durations
+from simmem.cost.roofline import durations
 from simmem.planner.candidate import Candidate, contention_of
 from simmem.planner.document import (
     Alternative,
-    Bound,
     CacheUse,
     MemoryUse,
     Percentiles,
@@ -17,7 +16,6 @@ from simmem.planner.document import (
     QualityCost,
 )
 from simmem.planner.uncertainty import TRACE_FIGURE, curve_factors, draws, scale_trace
-from simmem.policy.context import Context
 from simmem.schedule import Durations
 from simmem.sim.analytic import analytic
 from simmem.sim.events import events
@@ -28,7 +26,6 @@ __all__ = [
     "column_of",
     "interval_factors",
     "load_seconds",
-    "lower_bound",
     "memory_use",
     "predict",
     "prefill_seconds",
@@ -197,40 +194,6 @@ def alternative(candidate: Candidate, rows: NDArray[np.int64]) -> Alternative:
         weights=candidate.context.workload.weights, policy=candidate.policy.name, knobs=candidate.knobs,
         predicted=predict(candidate, rows, interval_rows=rows[:1]),
         memory=memory_use(candidate), quality=quality_of(candidate))
-
-
-def lower_bound(context: Context) -> Bound:
-    """A latency that no policy at this model, precision and trace can beat.
-
-    Whatever lives where, a decode step multiplies attention, head and the active FFN units on
-    some agent at its achieved rate, and reads from storage what all memories together cannot
-    hold of them. Constants per op are left out, so this is below every schedule.
-    """
-    model, workload = context.model, context.workload
-    a = model.architecture
-    active = 1.0 if context.trace is None else float(
-        context.table.active_units.mean() / context.table.n_units)
-    e = a.embedding_dim or a.d_model
-    dense_params = model.group("attention").matrix_params + a.vocab * e
-    ffn_params = model.group("ffn").matrix_params * active
-    kv = model.kv_bytes_per_token(workload.kv) * workload.mean_decode_context * workload.batch
-    best: tuple[float, str] | None = None
-    for name, agent in context.device.agent.items():
-        matrix, _ = context.compute_bytes_per_param(name)
-        n_bytes = (dense_params + ffn_params) * matrix + kv
-        moving = n_bytes / (agent.rate.value * agent.rate_share.value)
-        key, peak = arithmetic_peak(agent, name, workload.weights)
-        arithmetic = 2.0 * workload.batch * (dense_params + ffn_params) / (peak * agent.flop_share.value)
-        option = max((moving, f"agent.{name}.rate"), (arithmetic, key))
-        best = option if best is None else min(best, option)
-    assert best is not None
-    storage, link = context.storage_link
-    room = sum(v for k, v in context.budget_bytes.items() if k != context.device.storage)
-    stored = (dense_params + ffn_params) * context.unit_bytes / model.unit_params
-    reading = max(stored - room, 0.0) / link.rate.value
-    if reading > best[0]:
-        best = (reading, f"link.{storage}.rate")
-    return Bound(token_latency_s=best[0], resource=best[1])
 
 
 def column_of(took: Durations, index: int) -> Durations:

@@ -42,5 +42,7 @@ def _from_source(folder: Path) -> list[PolicyEntry]:
                 stated = {target.id: statement.value.value for statement in node.body
                           if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Constant)
                           for target in statement.targets if isinstance(target, ast.Name)}
+                if not {"name", "summary", "uses_trace"} <= set(stated):
+                    return []  # computed rather than stated: only an import tells
                 found.append(PolicyEntry(str(stated["name"]), str(stated["summary"]), bool(stated["uses_trace"])))
     return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -56,6 +57,11 @@ class Context:
     workload: Workload
     replayed: Replayed | None
     budget_bytes: Mapping[str, float]
+
+    @cached_property
+    def memo(self) -> dict[tuple[object, ...], Any]:
+        """Results that several blocks of one context share (shrunk windows)."""
+        return {}
 
     # --- device -----------------------------------------------------------------------------
 

@@ -15,7 +15,8 @@ __all__ = ["READER_THREADS", "agent_knob", "dense_demands", "dense_footprint", "
 
 Array = NDArray[np.float64]
 
-READER_THREADS = (1, 2, 4, 8, 16, 32, 64)
+READER_THREADS = (4, 8, 16, 32, 64)
+"""Depths that are searched; any number may be set."""
 
 
 def agent_knob(context: Context) -> Knob:

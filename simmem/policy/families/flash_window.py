@@ -78,7 +78,7 @@ class FlashWindow:
                  default=False),
             Knob("window_tokens", "demand", tuple(k for k in WINDOWS if k <= context.table.max_window),
                  "tokens whose neurons stay cached", low=0, high=context.table.max_window),
-            Knob("attention_resident", "demand", (1.0, 0.75, 0.5, 0.25, 0.0),
+            Knob("attention_resident", "demand", (1.0, 0.5, 0.0),
                  "share of embeddings and attention that stays resident", default=1.0, low=0.0, high=1.0),
             Knob("reader_threads", "demand", READER_THREADS, "reads in flight", default=32, low=1, high=1024),
         )
@@ -151,7 +151,10 @@ class FlashWindow:
                 kept.append(wanted)
             else:
                 capacity = np.floor(peaks[:, k] * (have / wanted))
-                shrunk = shrink_to_capacity(table, k, capacity)
+                key = ("shrunk", k, have)
+                if key not in context.memo:
+                    context.memo[key] = shrink_to_capacity(table, k, capacity)
+                shrunk = context.memo[key]
                 new.append(shrunk.new_units)
                 held.append(shrunk.held_units)
                 used.append(shrunk.window)

@@ -1,0 +1,48 @@
+"""How do tables, sizes and headings look on a terminal? The same in every report, legible from 80 columns on."""
+
+from __future__ import annotations
+
+from rich.console import Console, RenderableType
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from simmem.units import format_quantity
+
+__all__ = ["console", "new_table", "number", "quantity", "section", "share"]
+
+
+def console() -> Console:
+    """Standard output as rich sees it: NO_COLOR, pipes and COLUMNS are respected, numbers are not coloured."""
+    return Console(highlight=False, soft_wrap=False)
+
+
+def new_table(*columns: str, left: int = 1) -> Table:
+    """A table without lines; the first `left` columns are text and may wrap, the others are figures and do not."""
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
+    for index, name in enumerate(columns):
+        table.add_column(name, justify="left" if index < left else "right", overflow="fold", no_wrap=index >= left)
+    return table
+
+
+def section(out: Console, title: str, body: RenderableType) -> None:
+    """A bold heading and an indented body."""
+    out.print(Text(title, style="bold"))
+    out.print(Padding(body, (0, 0, 1, 2)))
+
+
+def quantity(value: float, dimension: str, digits: int = 4) -> str:
+    """A figure in SI units as a person reads it; ratios and counts as plain numbers, for they are not all shares."""
+    if dimension in ("ratio", "count"):
+        return number(value, digits)
+    return format_quantity(value, dimension, digits)
+
+
+def number(value: float, digits: int = 4) -> str:
+    """A plain number to `digits` significant ones; whole numbers in full."""
+    return f"{value:.0f}" if value == int(value) else f"{value:.{digits}g}"
+
+
+def share(value: float) -> str:
+    """A share as per cent with one digit behind the point."""
+    return format_quantity(value, "ratio")
