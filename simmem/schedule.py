@@ -18,6 +18,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -55,8 +56,6 @@ class DemandClass:
     """Moves over this link: its size × depth surface, or its copy rate."""
     precision: str = "fp16"
     """Arithmetic precision of a compute class."""
-    from_trace: bool = False
-    """Its demand scales with how many units the trace activates."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +94,7 @@ class Schedule:
     def n_candidates(self) -> int:
         return int(self.flop.shape[1])
 
-    @property
+    @cached_property
     def present(self) -> NDArray[np.bool_]:
         """Which classes demand anything, shape (n_classes, n_candidates)."""
         some = (self.flop > 0) | (self.requests > 0)
@@ -103,7 +102,7 @@ class Schedule:
             some = some | (amount > 0)
         return some
 
-    @property
+    @cached_property
     def timed(self) -> NDArray[np.bool_]:
         """Which ops belong to the timed (last) token, shape (n_ops,)."""
         if not self.token_ends:
@@ -152,17 +151,16 @@ class ScheduleBuilder:
 
     def __init__(self, n_candidates: int, streams: Sequence[str]) -> None:
         self.n_candidates = n_candidates
-        self._streams = list(streams)
+        self._streams = {name: index for index, name in enumerate(streams)}
         self._classes: list[DemandClass] = []
-        self._rows: list[tuple[Array, Array, Array]] = []
-        self._bytes: dict[str, dict[int, Array]] = {}
-        self._acquire: dict[str, dict[int, Array]] = {}
-        self._release: dict[str, dict[int, Array]] = {}
+        self._flop: list[float | Array] = []
+        self._requests: list[float | Array] = []
+        self._depth: list[float | Array] = []
+        self._bytes: dict[str, dict[int, float | Array]] = {}
+        self._acquire: dict[str, dict[int, float | Array]] = {}
+        self._release: dict[str, dict[int, float | Array]] = {}
         self._ops: list[tuple[int, int, Phase, int, int, tuple[int, ...]]] = []
         self._ends: list[int] = []
-
-    def _row(self, value: float | Array) -> Array:
-        return np.broadcast_to(np.asarray(value, dtype=np.float64), (self.n_candidates,))
 
     def demand(
         self,
@@ -178,10 +176,12 @@ class ScheduleBuilder:
         """Add a demand class; returns its index for `op`."""
         index = len(self._classes)
         self._classes.append(what)
-        self._rows.append((self._row(flop), self._row(requests), self._row(depth)))
+        self._flop.append(flop)
+        self._requests.append(requests)
+        self._depth.append(depth)
         for table, given in ((self._bytes, bytes), (self._acquire, acquire), (self._release, release)):
             for name, amount in (given or {}).items():
-                table.setdefault(name, {})[index] = self._row(amount)
+                table.setdefault(name, {})[index] = amount
         return index
 
     def op(self, demand: int, stream: str, *, deps: Sequence[int | None] = (), phase: Phase = Phase.DECODE,
@@ -189,8 +189,8 @@ class ScheduleBuilder:
         """Append an op in program order; returns its index. `None` among the deps is left out."""
         earlier = tuple(sorted({d for d in deps if d is not None}))
         index = len(self._ops)
-        assert all(d < index for d in earlier), "a dependency must stand earlier in program order"
-        self._ops.append((demand, self._streams.index(stream), phase, token, layer, earlier))
+        assert not earlier or earlier[-1] < index, "a dependency must stand earlier in program order"
+        self._ops.append((demand, self._streams[stream], phase, token, layer, earlier))
         return index
 
     def end_token(self, op: int) -> None:
@@ -200,10 +200,10 @@ class ScheduleBuilder:
     def build(self, held_bytes: Mapping[str, float | Array] | None = None) -> Schedule:
         """The finished schedule."""
 
-        def table(rows: dict[int, Array]) -> Array:
+        def table(rows: Mapping[int, float | Array]) -> Array:
             full = np.zeros((len(self._classes), self.n_candidates))
             for index, row in rows.items():
-                full[index] = row
+                full[index] = row  # one number stands for every candidate
             return full
 
         columns = list(zip(*self._ops, strict=True))
@@ -216,12 +216,13 @@ class ScheduleBuilder:
             op_token=np.array(columns[3], dtype=np.int64),
             op_layer=np.array(columns[4], dtype=np.int64),
             deps=tuple(columns[5]),
-            flop=np.array([r[0] for r in self._rows]),
-            requests=np.array([r[1] for r in self._rows]),
-            depth=np.array([r[2] for r in self._rows]),
+            flop=table(dict(enumerate(self._flop))),
+            requests=table(dict(enumerate(self._requests))),
+            depth=table(dict(enumerate(self._depth))),
             bytes={k: table(v) for k, v in self._bytes.items()},
             acquire_bytes={k: table(v) for k, v in self._acquire.items()},
             release_bytes={k: table(v) for k, v in self._release.items()},
-            held_bytes={k: self._row(v).copy() for k, v in (held_bytes or {}).items()},
+            held_bytes={k: np.broadcast_to(np.asarray(v, dtype=np.float64), (self.n_candidates,)).copy()
+                        for k, v in (held_bytes or {}).items()},
             token_ends=tuple(self._ends),
         )

@@ -31,6 +31,7 @@ from simmem.planner.document import (
 )
 from simmem.planner.explain import reasons
 from simmem.planner.predict import (
+    activity_factors,
     alternative,
     memory_use,
     predict,
@@ -38,7 +39,7 @@ from simmem.planner.predict import (
     quality_of,
     token_seconds,
 )
-from simmem.planner.uncertainty import uncertain_figures, weakest_kind
+from simmem.planner.uncertainty import TRACE_FIGURE, uncertain_figures, weakest_kind
 from simmem.policy.base import Policy, policies, policy_named
 from simmem.policy.context import MAX_WINDOW, Context, Replayed
 from simmem.spec.device import Device, load_device
@@ -83,12 +84,14 @@ class Question:
     fixed: Mapping[str, object]
     objective: str = "latency"
     engine: str | None = None
+    activity_range: tuple[Replayed, Replayed] | None = None
     defaults: bool = False
     """Knobs that are not named take their default (published configurations)."""
 
     def context(self, weights: str) -> Context:
         """Everything a policy needs at one precision."""
-        return Context(self.device, self.model, self.workload.at(weights), self.replayed, self.budget_bytes)
+        return Context(self.device, self.model, self.workload.at(weights), self.replayed, self.budget_bytes,
+                       self.activity_range)
 
 
 def ask(
@@ -129,9 +132,25 @@ def ask(
     workload.check(spec_model)
     if engine:
         spec_device = spec_device.with_engine(engine)
-    opened = open_trace(trace, spec_model, batch=batch, n_tokens=MAX_WINDOW + FINAL_ROWS)
-    return Question(device, model, spec_device, spec_model, Replayed(opened) if opened else None, workload, precisions,
-                    _budgets(spec_device, dram, vram), names, dict(knobs or {}), objective, engine, defaults)
+    replayed, activity_range = _replays(trace, spec_model, batch)
+    return Question(device, model, spec_device, spec_model, replayed, workload, precisions,
+                    _budgets(spec_device, dram, vram), names, dict(knobs or {}), objective, engine, activity_range,
+                    defaults)
+
+
+def _replays(name: str | None, model: Model, batch: int) -> tuple[Replayed | None, tuple[Replayed, Replayed] | None]:
+    """The trace, and where its activity is an estimate the trace at the ends of its 90 % range."""
+    opened = open_trace(name, model, batch=batch, n_tokens=MAX_WINDOW + FINAL_ROWS)
+    if opened is None:
+        return None, None
+    share = opened.header.active_share_range
+    if share is None:
+        return Replayed(opened), None
+    nominal = float(opened.header.statistics["active_share"]["value"])
+    low, high = (open_trace(name, model, batch=batch, n_tokens=MAX_WINDOW + FINAL_ROWS, activity=end / nominal)
+                 for end in share)
+    assert low is not None and high is not None
+    return Replayed(opened), (Replayed(low), Replayed(high))
 
 
 def _budgets(device: Device, dram: str | float | None, vram: str | float | None) -> dict[str, float]:
@@ -335,8 +354,8 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
         memory=memory_use(best), predicted=predicted, quality=quality_of(best), bound=lower_bound(context),
         baselines=_baselines(question, same, best, predicted.token_latency_s),
         sensitivity=[] if brief else _sensitivities(question, best, stratified_rows(context, best.policy, SIDE_ROWS)),
-        alternatives=[] if brief else [alternative(f.ranked[0], _some(f.ranked[0]))
-                                       for f in found if f.context is not context and f.ranked],
+        alternatives=[] if brief else [alternative(c, _some(c)) for c in (
+            _simplest(f.ranked[0], f.ranked) for f in found if f.context is not context and f.ranked)],
         pareto=[] if brief else [alternative(c, _some(c)) for c in _front(ranked)],
         evidence=Evidence(engine="events", weakest_kind=str(weakest_kind(
             context, agent, uses_trace=best.policy.uses_trace)), cost_model="roofline",
@@ -422,6 +441,13 @@ def _sensitivities(question: Question, best: Candidate, rows: NDArray[np.int64])
         if abs(change) >= 1e-4:
             found.append(Sensitivity(figure=key, change=SENSITIVITY_CHANGE, token_latency_change=change,
                                      replanned=False))
+    activity = activity_factors(best, rows)
+    if activity is not None:
+        trace = best.context.trace
+        assert trace is not None and trace.header.active_share_range is not None
+        share = trace.header.active_share_range[1] / float(trace.header.statistics["active_share"]["value"])
+        found.append(Sensitivity(figure=TRACE_FIGURE, change=share - 1.0, token_latency_change=activity[1] - 1.0,
+                                 replanned=False))
     for tier in {best.context.memory_of(agent), best.context.device.host}:
         budget = dict(question.budget_bytes)
         budget[tier] *= 1.0 + SENSITIVITY_CHANGE

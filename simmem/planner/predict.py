@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,13 +17,14 @@ from simmem.planner.document import (
     Predicted,
     QualityCost,
 )
-from simmem.planner.uncertainty import TRACE_FIGURE, curve_factors, draws, scale_trace
+from simmem.planner.uncertainty import TRACE_STREAM, curve_factors, draws, spread
 from simmem.schedule import Durations
 from simmem.sim.analytic import analytic
 from simmem.sim.events import events
 from simmem.sim.timeline import BREAKDOWN, Timeline, critical_path
 
 __all__ = [
+    "activity_factors",
     "alternative",
     "column_of",
     "interval_factors",
@@ -42,10 +45,6 @@ def timelines(candidate: Candidate, rows: NDArray[np.int64], factors: dict[str, 
     """Event runs of a decode step at each of the table rows."""
     context = candidate.context
     schedule = candidate.policy.decode(context, candidate.block, rows)
-    factors = dict(factors or {})
-    trace_factor = factors.pop(TRACE_FIGURE, None)
-    if trace_factor is not None:
-        schedule = scale_trace(schedule, trace_factor)
     took = durations(schedule, context.device, factors)
     contention = contention_of(context, factors)
     return [events(schedule.column(i), column_of(took, i), contention) for i in range(schedule.n_candidates)]
@@ -63,20 +62,39 @@ def interval_factors(candidate: Candidate, rows: NDArray[np.int64]) -> tuple[flo
     """5 % and 95 % quantiles of (analytic draw / analytic nominal), over draws of every figure."""
     context = candidate.context
     nominal = candidate.policy.decode(context, candidate.block, rows)
-    base = float(analytic(nominal, durations(nominal, context.device)).token_s.mean())
+    base = _analytic_seconds(candidate, rows)
     drawn = draws(context)
     if not drawn:
         return 1.0, 1.0
     n = len(next(iter(drawn.values())))
     schedule = nominal.repeated(n)  # rows × draws, draws fastest
     factors = {k: np.tile(v, len(rows)) for k, v in drawn.items()}
-    trace_factor = factors.pop(TRACE_FIGURE, None)
-    if trace_factor is not None:
-        schedule = scale_trace(schedule, trace_factor)
     seconds = analytic(schedule, durations(schedule, context.device, factors)).token_s
     ratio = seconds.reshape(len(rows), n).mean(axis=0) / base
+    activity = activity_factors(candidate, rows)
+    if activity is not None:
+        ratio = ratio * spread(TRACE_STREAM, min(activity[0], 1.0), max(activity[1], 1.0), n)
     low, high = np.quantile(ratio, [0.05, 0.95])
     return float(low), float(high)
+
+
+def activity_factors(candidate: Candidate, rows: NDArray[np.int64]) -> tuple[float, float] | None:
+    """Latency at the ends of the range of the trace's activity over the nominal one, the plan held fixed.
+
+    None where the activity is not an estimate, or the policy does not look at it.
+    """
+    ends = candidate.context.activity_range
+    if ends is None or not candidate.policy.uses_trace:
+        return None
+    seconds = [_analytic_seconds(replace(candidate, context=replace(candidate.context, replayed=end)), rows)
+               for end in ends]
+    base = _analytic_seconds(candidate, rows)
+    return seconds[0] / base, seconds[1] / base
+
+
+def _analytic_seconds(candidate: Candidate, rows: NDArray[np.int64]) -> float:
+    schedule = candidate.policy.decode(candidate.context, candidate.block, rows)
+    return float(analytic(schedule, durations(schedule, candidate.context.device)).token_s.mean())
 
 
 def prefill_seconds(candidate: Candidate) -> float:

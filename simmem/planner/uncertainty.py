@@ -11,15 +11,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.policy.context import Context
-from simmem.schedule import Schedule
-from simmem.spec.base import Figure, Kind, weakest
+from simmem.spec.base import Figure, Kind, kind_factors, weakest
 
 __all__ = [
     "N_DRAWS",
     "TRACE_FIGURE",
+    "TRACE_STREAM",
     "curve_factors",
     "draws",
-    "scale_trace",
+    "spread",
     "uncertain_figures",
     "weakest_kind",
 ]
@@ -31,6 +31,8 @@ SEED = 20231221
 Z_90 = 1.6448536269514722
 """95 % quantile of the standard normal: the edges of a central 90 % range."""
 TRACE_FIGURE = "trace.active_share"
+TRACE_STREAM = 10_000
+"""Seed of the draws of the trace's activity, apart from those of the device's figures."""
 _CURVE = {"rate": 1, "request_rate": 1, "latency": -1, "request_time": -1}
 
 
@@ -39,22 +41,12 @@ def uncertain_figures(context: Context) -> dict[str, tuple[float, float]]:
     found: dict[str, tuple[float, float]] = {}
     device = context.device
     for key, figure in device.figures().items():
-        part, name, field = (*key.split(".", 2), "")[:3]
-        if part == "link":
-            continue
-        if field in ("capacity", "reserved") or "energy" in field or part in ("idle", "interference"):
-            continue
-        del name
-        found[key] = figure.factors
-    for name, link in device.link.items():
+        part, field = key.split(".")[0], key.split(".")[-1]
+        if part in ("agent", "memory") and field not in ("capacity", "reserved") and "energy" not in field:
+            found[key] = figure.factors
+    for name, link in device.link.items():  # one curve, as well known as the weakest figure it is made of
         curve = [f for f in (getattr(link, field) for field in _CURVE) if isinstance(f, Figure)]
-        kind = weakest([f.kind for f in curve])
-        widest = max(curve, key=lambda f: (f.kind is kind, f.factors[1] / f.factors[0]))
-        found[f"link.{name}.throughput"] = widest.factors
-    if context.trace is not None and context.trace.header.active_share_range is not None:
-        low, high = context.trace.header.active_share_range
-        share = context.trace.active_share
-        found[TRACE_FIGURE] = (min(low / share, 1.0), max(high / share, 1.0))
+        found[f"link.{name}.throughput"] = kind_factors(weakest([f.kind for f in curve]), is_rate=True)
     return found
 
 
@@ -68,12 +60,10 @@ def curve_factors(key: str, factor: float | Array) -> dict[str, float | Array]:
 
 def draws(context: Context, n: int = N_DRAWS) -> dict[str, Array]:
     """Factors of `n` draws for every figure, key → (n,). The seed is fixed: same plan, same answer."""
-    rng = np.random.default_rng(SEED)
     found: dict[str, Array] = {}
-    for key, (low, high) in sorted(uncertain_figures(context).items()):
-        z = rng.standard_normal(n) / Z_90
-        factor = np.where(z >= 0, high ** np.maximum(z, 0.0), low ** np.maximum(-z, 0.0))
-        if key.endswith("_share") and key != TRACE_FIGURE:  # no draw makes a share exceed one
+    for index, (key, (low, high)) in enumerate(sorted(uncertain_figures(context).items())):
+        factor = spread(index, low, high, n)
+        if key.endswith("_share"):  # no draw makes a share exceed one
             part, name, field = key.split(".", 2)
             value = getattr(getattr(context.device, part)[name], field).value
             factor = np.minimum(factor, 1.0 / value)
@@ -81,14 +71,10 @@ def draws(context: Context, n: int = N_DRAWS) -> dict[str, Array]:
     return found
 
 
-def scale_trace(schedule: Schedule, factor: float | Array) -> Schedule:
-    """The schedule with everything that the trace's activity demands multiplied, per candidate."""
-    from dataclasses import replace
-
-    rows = np.array([c.from_trace for c in schedule.classes])[:, None]
-    scale = np.where(rows, factor, 1.0)
-    return replace(schedule, flop=schedule.flop * scale, requests=schedule.requests * scale,
-                   bytes={k: v * scale for k, v in schedule.bytes.items()})
+def spread(stream: int, low: float | Array, high: float | Array, n: int = N_DRAWS) -> Array:
+    """`n` factors whose 90 % range is [low, high], median 1: log-normal on each side. `stream` seeds them."""
+    z = np.random.default_rng([SEED, stream]).standard_normal(n) / Z_90
+    return np.asarray(np.where(z >= 0, high ** np.maximum(z, 0.0), low ** np.maximum(-z, 0.0)))
 
 
 def weakest_kind(context: Context, agent: str, *, uses_trace: bool) -> Kind:

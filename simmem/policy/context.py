@@ -57,6 +57,8 @@ class Context:
     workload: Workload
     replayed: Replayed | None
     budget_bytes: Mapping[str, float]
+    activity_range: tuple[Replayed, Replayed] | None = None
+    """The trace at the ends of the 90 % range of its activity, where that is an estimate."""
 
     @cached_property
     def memo(self) -> dict[tuple[object, ...], Any]:

@@ -77,7 +77,7 @@ class _Ops:
         self.builder = ScheduleBuilder(n_columns, streams)
 
     def move(self, name: str, n_bytes: Array, requests: Array, hops: tuple[str, ...],
-             staged: Array | float = 0.0, *, from_trace: bool = False) -> list[tuple[int, str]]:
+             staged: Array | float = 0.0) -> list[tuple[int, str]]:
         """A demand class for each hop; returns (class, stream) pairs in order."""
         found = []
         device = self.context.device
@@ -89,7 +89,7 @@ class _Ops:
             kind = OpKind.IO if link.kind == "storage" else OpKind.TRANSFER
             last = index == len(hops) - 1
             found.append((self.builder.demand(
-                DemandClass(f"{name}.{hop}", kind, link=hop, from_trace=from_trace),
+                DemandClass(f"{name}.{hop}", kind, link=hop),
                 requests=requests if link.kind == "storage" else np.where(n_bytes > 0, 1.0, 0.0),
                 depth=self.demands.depth, bytes=amounts,
                 acquire={link.target: staged if last else n_bytes},
@@ -98,12 +98,10 @@ class _Ops:
         return found
 
     def compute(self, name: str, kind: OpKind, agent: str, flop: Array | float, n_bytes: Array | float,
-                kernels: Array | float, release: Mapping[str, Array | float] | None = None, *,
-                from_trace: bool = False) -> tuple[int, str]:
+                kernels: Array | float, release: Mapping[str, Array | float] | None = None) -> tuple[int, str]:
         memory = self.context.memory_of(agent)
         return self.builder.demand(
-            DemandClass(name, kind, agent=agent, precision=self.context.workload.weights,
-                        from_trace=from_trace),
+            DemandClass(name, kind, agent=agent, precision=self.context.workload.weights),
             flop=flop, requests=kernels, bytes={f"memory.{memory}": n_bytes}, release=release), agent
 
 
@@ -160,15 +158,14 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
         unit_hops = context.path_to(agent)
         for layer in range(layers):
             unit_moves.append(ops.move("units", units.read_bytes[layer], units.requests[layer], unit_hops,
-                                       units.read_bytes[layer], from_trace=True))
+                                       units.read_bytes[layer]))
             upkeep.append(ops.compute("upkeep", OpKind.MEMORY, keeper, 0.0, units.upkeep_bytes[layer],
-                                      np.where(units.upkeep_bytes[layer] > 0, 2.0, 0.0), from_trace=True))
+                                      np.where(units.upkeep_bytes[layer] > 0, 2.0, 0.0)))
             rows = units.rows[layer]
             feed.append(ops.compute(
                 "ffn", OpKind.COMPUTE, agent, 2.0 * batch * rows * model.unit_params,
                 rows * model.unit_params * matrix + ffn_vectors * vector, ffn_kernels,
-                {ops.memory: demands.layer_stream_bytes + units.read_bytes[layer]},
-                from_trace=True))
+                {ops.memory: demands.layer_stream_bytes + units.read_bytes[layer]}))
     e = a.embedding_dim or a.d_model
     head_matrices = a.vocab * e + (2 * e * a.d_model if e != a.d_model else 0)
     head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * batch * head_matrices, weights(head_matrices, a.d_model * a.final_norm),

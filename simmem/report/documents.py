@@ -254,6 +254,8 @@ class ReplayDocument(_Part):
     schema_: Literal["simmem.replay/1"] = Field(default="simmem.replay/1", alias="schema")
     trace: _TraceName
     model: str
+    """The model whose shape the trace has."""
+    n_layers: int
     unit_bytes: float
     precision: str
     curves: list[_Curve]

@@ -129,21 +129,17 @@ def _policy_entries() -> list[dict[str, Any]]:
 # --- how a list reads ----------------------------------------------------------------------------------------------
 
 
-def _titled(entry: dict[str, Any], separator: str = "\n") -> str:
-    also = f"{separator}also: {', '.join(entry['aliases'])}" if entry["aliases"] else ""
-    return f"{entry['title']}{also}"
-
-
 def _device_row(entry: dict[str, Any]) -> tuple[str, ...]:
     from simmem.report.format import quantity
 
     memory = "\n".join(f"{tier} {quantity(size, 'bytes', 3)}" for tier, size in entry["memory"].items())
-    return (entry["name"], _titled(entry), memory, "\n".join(entry["agents"]),
+    also = f"\nalso: {', '.join(entry['aliases'])}" if entry["aliases"] else ""
+    return (entry["name"], f"{entry['title']}{also}", memory, "\n".join(entry["agents"]),
             f"{entry['figures']}\n({entry['estimated_figures']} estimated)")
 
 
 def _model_row(entry: dict[str, Any]) -> tuple[str, ...]:
-    return (entry["name"], _titled(entry, "; "), entry["native_precision"], str(entry["n_layers"]),
+    return (entry["name"], "\n".join(entry["aliases"]), entry["native_precision"], str(entry["n_layers"]),
             f"{entry['d_model']} × {entry['d_ff']}", str(entry["max_positions"]))
 
 
@@ -160,7 +156,7 @@ def _policy_row(entry: dict[str, Any]) -> tuple[str, ...]:
 
 _COLUMNS = {
     "device": (("device", "what it is", "memory", "agents", "figures"), _device_row),
-    "model": (("model", "what it is", "native", "layers", "d_model × d_ff", "context"), _model_row),
+    "model": (("model", "also", "native", "layers", "d_model × d_ff", "context"), _model_row),
     "trace": (("trace", "kind", "active", "models, and which units count as active"), _trace_row),
     "policy": (("policy", "what it does", "needs a trace"), _policy_row),
 }

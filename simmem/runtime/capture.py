@@ -191,7 +191,7 @@ def record_masks(model: LoadedModel, ids: NDArray[np.int64], thresholds: NDArray
         while first < tokens:
             part = ids[first:first + window]
             _run(model, part)
-            first += part.size - context - 1
+            first += part.size - context
             if progress:
                 progress("recording masks", first / tokens)
     return active

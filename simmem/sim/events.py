@@ -161,12 +161,12 @@ class _Run:
         return np.array(self.start), np.array(self.free), np.array(self.end)
 
 
-@dataclass
+@dataclass(slots=True, eq=False)
 class _Flow:
     work_s: float
     """Seconds left at full speed. [s]"""
-    draw: dict[str, float]
-    agent: str | None
+    demand: int
+    """Its demand class, which says what it draws and for whom."""
     done: simpy.Event
     speed: float = 1.0
 
@@ -177,69 +177,81 @@ class _Fluid:
     def __init__(self, env: simpy.Environment, schedule: Schedule, occupancy: list[float],
                  contention: Contention) -> None:
         self.env = env
-        self.contention = contention
+        self.rules = contention.interference
         self.flows: list[_Flow] = []
         self.at = 0.0
         self.version = 0
         self.occupancy = occupancy
         self.agent = [c.agent for c in schedule.classes]
         self.available = {r: contention.available(r) for r in contention.capacity_bytes_per_s}
-        self.draw = [
-            {r: float(amount[k, 0]) / occupancy[k] for r, amount in schedule.bytes.items()
-             if r in self.available and amount[k, 0] > 0 and occupancy[k] > 0}
-            for k in range(len(schedule.classes))
-        ]
+        self.draw: list[dict[str, float]] = [{} for _ in occupancy]
+        for resource, amount in schedule.bytes.items():
+            if resource in self.available:
+                for draw, n_bytes, seconds in zip(self.draw, amount[:, 0].tolist(), occupancy, strict=True):
+                    if n_bytes > 0 and seconds > 0:
+                        draw[resource] = n_bytes / seconds
+        self.known: dict[tuple[int, ...], list[float]] = {}
+        """Speeds depend on nothing but which classes flow together, and the same ones keep meeting."""
 
     def flow(self, k: int) -> simpy.Event:
         self._advance()
-        one = _Flow(self.occupancy[k], self.draw[k], self.agent[k], self.env.event())
+        one = _Flow(self.occupancy[k], k, self.env.event())
         self.flows.append(one)
         self._reschedule()
         return one.done
 
     def _advance(self) -> None:
-        passed = self.env.now - self.at
-        self.at = self.env.now
+        now = self.env.now
+        passed = now - self.at
         if passed:
+            self.at = now
             for one in self.flows:
                 one.work_s -= passed * one.speed
 
     def _reschedule(self) -> None:
         self.version += 1
-        if not self.flows:
+        flows = self.flows
+        if not flows:
             return
-        speeds = fair_speeds([f.draw for f in self.flows], self.available, self._caps())
+        together = tuple([f.demand for f in flows])
+        speeds = self.known.get(together)
+        if speeds is None:
+            speeds = self.known[together] = fair_speeds([self.draw[k] for k in together], self.available,
+                                                        self._caps(together))
         soonest = float("inf")
-        for one, speed in zip(self.flows, speeds, strict=True):
+        for one, speed in zip(flows, speeds, strict=True):
             one.speed = speed
-            soonest = min(soonest, max(one.work_s, 0.0) / speed)
-        self.env.timeout(soonest, value=self.version).callbacks.append(self._wake)  # type: ignore[union-attr]
+            ends_in = one.work_s / speed
+            if ends_in < soonest:
+                soonest = ends_in
+        self.env.timeout(max(soonest, 0.0), self.version).callbacks.append(self._wake)  # type: ignore[union-attr]
 
     def _wake(self, event: simpy.Event) -> None:
         if event.value != self.version:
             return
         self._advance()
-        scale = max(self.env.now, 1.0)
-        ended = [f for f in self.flows if f.work_s <= _FINISHED * scale]
-        if not ended:
+        nothing = _FINISHED * max(self.env.now, 1.0)
+        ended = [f for f in self.flows if f.work_s <= nothing]
+        if ended:
+            self.flows = [f for f in self.flows if f.work_s > nothing]
+        else:
             ended = [min(self.flows, key=lambda f: f.work_s / f.speed)]
-        self.flows = [f for f in self.flows if f not in ended]
+            self.flows.remove(ended[0])
         for one in ended:
             one.done.succeed()
         self._reschedule()
 
-    def _caps(self) -> list[float]:
-        rules = self.contention.interference
-        if not rules:
-            return [1.0] * len(self.flows)
-        caps = []
-        for victim in self.flows:
-            cap = 1.0
-            for other in self.flows:
-                if other is not victim and victim.agent and other.agent:
-                    for resource in victim.draw.keys() & other.draw.keys():
-                        cap = min(cap, rules.get((victim.agent, other.agent, resource), 1.0))
-            caps.append(cap)
+    def _caps(self, together: tuple[int, ...]) -> list[float]:
+        """The largest speed that measured interference leaves each of the classes that flow together."""
+        caps = [1.0] * len(together)
+        if not self.rules:
+            return caps
+        for i, victim in enumerate(together):
+            for j, other in enumerate(together):
+                pair = self.agent[victim], self.agent[other]
+                if i != j and pair[0] and pair[1]:
+                    for resource in self.draw[victim].keys() & self.draw[other].keys():
+                        caps[i] = min(caps[i], self.rules.get((pair[0], pair[1], resource), 1.0))
         return caps
 
 

@@ -31,6 +31,7 @@ __all__ = [
     "Ratio",
     "Seconds",
     "Watt",
+    "kind_factors",
     "load_toml",
     "validate",
     "weakest",
@@ -52,6 +53,17 @@ class Kind(StrEnum):
 
 
 _ORDER = list(Kind)
+
+
+def kind_factors(kind: Kind, *, is_rate: bool) -> tuple[float, float]:
+    """The 90 % range that a kind stands for, as factors (low ≤ 1, high ≥ 1)."""
+    if kind is Kind.MEASURED:
+        return 0.9, 1.1
+    if kind is Kind.DATASHEET:
+        return (0.8, 1.0) if is_rate else (1.0, 1.0)
+    if kind in (Kind.DERIVED, Kind.FITTED):
+        return 0.75, 1.25
+    return 1 / 1.5, 1.5
 
 
 def weakest(kinds: list[Kind]) -> Kind:
@@ -105,13 +117,7 @@ class Figure(Frozen):
         """The 90 % range as factors on the value, (low ≤ 1, high ≥ 1)."""
         if self.range and self.value > 0:
             return self.range[0] / self.value, self.range[1] / self.value
-        if self.kind is Kind.MEASURED:
-            return 0.9, 1.1
-        if self.kind is Kind.DATASHEET:
-            return (0.8, 1.0) if self.is_rate else (1.0, 1.0)
-        if self.kind in (Kind.DERIVED, Kind.FITTED):
-            return 0.75, 1.25
-        return 1 / 1.5, 1.5
+        return kind_factors(self.kind, is_rate=self.is_rate)
 
 
 class Bytes(Figure):

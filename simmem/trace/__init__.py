@@ -38,7 +38,8 @@ __all__ = [
 ]
 
 
-def open_trace(name_or_path: str | None, model: Model, *, batch: int = 1, n_tokens: int | None = None) -> Trace | None:
+def open_trace(name_or_path: str | None, model: Model, *, batch: int = 1, n_tokens: int | None = None,
+               activity: float = 1.0) -> Trace | None:
     """The trace to plan a model with.
 
     Parameters
@@ -47,6 +48,8 @@ def open_trace(name_or_path: str | None, model: Model, *, batch: int = 1, n_toke
         when None (see `default_trace_file`).
     batch : sequences decoded together; a step touches the union of what they use.
     n_tokens : decode steps: what a synthetic trace draws, and at most what is taken of a captured one.
+
+    activity : factor on a synthetic trace's active share; a captured one has the activity it has.
 
     Returns
     -------
@@ -63,7 +66,7 @@ def open_trace(name_or_path: str | None, model: Model, *, batch: int = 1, n_toke
     if path is None:
         return None
     if path.suffix == ".toml":
-        return generate(load_synthetic(path), model, n_tokens, batch=batch)
+        return generate(load_synthetic(path), model, n_tokens, batch=batch, activity=activity)
     if path.suffix != ".safetensors":
         raise TraceError("is not a trace: expected a .safetensors file or the .toml file of a synthetic trace",
                          file=str(path))

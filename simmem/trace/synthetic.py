@@ -205,7 +205,12 @@ def _distribution_to_half(a: float, b: float) -> tuple[Floats, Floats]:
     return t, np.concatenate((np.zeros(1), np.cumsum(steps)))
 
 
-def generate(spec: SyntheticSpec, model: Model, n_tokens: int | None = None, *, batch: int = 1) -> Trace:
+_MOST_ACTIVE = 0.999
+"""A layer's mean active share stays below 1, where the law has no spread left."""
+
+
+def generate(spec: SyntheticSpec, model: Model, n_tokens: int | None = None, *, batch: int = 1,
+             activity: float = 1.0) -> Trace:
     """A synthetic trace with the shape of `model`'s FFN.
 
     The same spec, model and batch give the same trace, and the first n tokens do not depend on how many are
@@ -217,13 +222,14 @@ def generate(spec: SyntheticSpec, model: Model, n_tokens: int | None = None, *, 
     n_tokens : decode steps; the spec's own number when None.
     batch : sequences decoded together; a step touches the union of what they use. Under the law that is one draw
         with 1 - (1-p)^batch, so it costs no more than a batch of 1.
+    activity : factor on the mean active share, to ask what another activity within its range would do.
     """
     n_tokens = spec.n_tokens if n_tokens is None else n_tokens
     if n_tokens < 1 or batch < 1:
         raise SpecError(f"found {n_tokens} tokens and a batch of {batch}, expected at least 1", key=spec.name)
     a = model.architecture
     units_seed, tokens_seed = np.random.SeedSequence(spec.seed).spawn(2)
-    thresholds = _thresholds(spec, model, np.random.Generator(np.random.PCG64(units_seed)), batch)
+    thresholds = _thresholds(spec, model, np.random.Generator(np.random.PCG64(units_seed)), batch, activity)
     draw = np.random.PCG64(tokens_seed)
     active = np.empty((n_tokens, a.n_layers, -(-a.d_ff // 8)), np.uint8)
     fires = np.empty(thresholds.shape, np.bool_)
@@ -243,11 +249,13 @@ def generate(spec: SyntheticSpec, model: Model, n_tokens: int | None = None, *, 
     return Trace(header, active)
 
 
-def _thresholds(spec: SyntheticSpec, model: Model, rng: np.random.Generator, batch: int) -> NDArray[np.uint16]:
+def _thresholds(spec: SyntheticSpec, model: Model, rng: np.random.Generator, batch: int, activity: float
+                ) -> NDArray[np.uint16]:
     """(n_layers, n_units) of 65536ths: a unit is used when 16 random bits are below. Frequent units lie anywhere."""
     a, s = model.architecture, spec.concentration.value
     p = np.empty((a.n_layers, a.d_ff))
-    for row, m in zip(p, spec.share_by_layer(model.name, a.n_layers).tolist(), strict=True):
+    shares = np.minimum(spec.share_by_layer(model.name, a.n_layers) * activity, _MOST_ACTIVE)
+    for row, m in zip(p, shares.tolist(), strict=True):
         row[:] = beta_quantiles(m * s, (1.0 - m) * s, a.d_ff)
     if batch > 1:
         p = -np.expm1(batch * np.log1p(-np.minimum(p, 1.0 - 1e-12)))

@@ -1,0 +1,232 @@
+"""How does the sheet of one device, model, trace or policy read on a terminal?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.padding import Padding
+from rich.table import Table
+from rich.text import Text
+
+from simmem.policy.base import KnobValue
+from simmem.report.documents import DeviceSheet, FigureRow, ModelSheet, PolicySheet, TraceSheet
+from simmem.report.format import console, new_table, number, quantity, section, share
+from simmem.report.sheets import Sheet
+
+__all__ = ["print_sheet"]
+
+SHOWN_VALUES = 14
+"""A knob with more values than these is shown by its ends and its step."""
+
+
+def print_sheet(sheet: Sheet) -> None:
+    """Print a sheet on stdout."""
+    out = console()
+    if isinstance(sheet, DeviceSheet):
+        _print_device(out, sheet)
+    elif isinstance(sheet, ModelSheet):
+        _print_model(out, sheet)
+    elif isinstance(sheet, TraceSheet):
+        _print_trace(out, sheet)
+    else:
+        _print_policy(out, sheet)
+
+
+def _heading(out: Console, name: str, title: str, aliases: Iterable[str] = ()) -> None:
+    also = ", ".join(aliases)
+    out.print(Text.assemble((name, "bold"), f"  {title}", f"\nalso: {also}" if also else ""))
+    out.print()
+
+
+def _pairs(rows: Iterable[tuple[str, str | None]]) -> Table:
+    """Names and values in two columns; rows without a value are left out."""
+    table = new_table("", "", left=2)
+    table.show_header = False
+    table.columns[0].no_wrap, table.columns[0].style = True, "dim"
+    for name, value in rows:
+        if value:
+            table.add_row(name, Text(value))
+    return table
+
+
+# --- devices ------------------------------------------------------------------------------------------------------
+
+
+def _print_device(out: Console, sheet: DeviceSheet) -> None:
+    _heading(out, sheet.name, sheet.title, sheet.aliases)
+    for note in sheet.notes:
+        out.print(Padding(Text(f"· {note}"), (0, 0, 0, 2)))
+    out.print()
+    shown: set[str] = set()
+    for part, plain in sheet.parts.items():
+        figures = [f for f in sheet.figures if f.key.startswith(f"{part}.")]
+        shown |= {f.key for f in figures}
+        out.print(Text.assemble((part, "bold"), f"  {_plain(plain)}"))
+        for figure in figures:
+            _print_figure(out, figure.key.removeprefix(f"{part}."), figure)
+        out.print()
+    rest = [f for f in sheet.figures if f.key not in shown]
+    for figure in rest:
+        _print_figure(out, figure.key, figure)
+    kinds = [f.kind.value for f in sheet.figures]
+    counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(sorted(kinds)))
+    out.print(Text(f"{'' if not rest else chr(10)}{len(kinds)} figures: {counted}.", style="dim"))
+
+
+def _plain(fields: Mapping[str, str | float]) -> str:
+    rest = dict(fields)
+    text = []
+    if "target" in rest:
+        text.append(f"{rest.pop('kind')}, {rest.pop('source')} → {rest.pop('target')}")
+    elif "kind" in rest:
+        text.append(str(rest.pop("kind")))
+    if "agent" in rest:
+        text.append(f"on {rest.pop('agent')}")
+    if "memory" in rest:
+        text.append(f"computes out of {rest.pop('memory')}")
+    text += [f"{key} {value}" for key, value in rest.items() if value and key != "source"]
+    if "source" in rest:
+        text.append(str(rest["source"]))
+    return ", ".join(text)
+
+
+def _print_figure(out: Console, name: str, figure: FigureRow) -> None:
+    low, high = (quantity(edge, figure.dimension, 3) for edge in figure.range_90)
+    spread = "" if low == high else f"  90 %: {low} to {high}"
+    out.print(Text.assemble(f"  {name:<18}", (f"{quantity(figure.value, figure.dimension):>12}", "bold"),
+                            f"  {figure.kind.value}{spread}"))
+    out.print(Padding(Text(figure.source, style="dim"), (0, 0, 0, 6)))
+    if figure.spent:
+        out.print(Padding(Text(f"spent on: {', '.join(figure.spent)}", style="dim"), (0, 0, 0, 6)))
+
+
+# --- models -------------------------------------------------------------------------------------------------------
+
+_SHOWN_PRECISIONS = {"fp32": "fp32", "fp16": "fp16/bf16", "int8": "int8", "int4": "int4", "int3": "int3", "int2": "int2"}
+
+
+def _print_model(out: Console, sheet: ModelSheet) -> None:
+    _heading(out, sheet.name, sheet.title, sheet.aliases)
+    out.print(_pairs([("source", sheet.source), ("family", sheet.family), ("published in", sheet.native_precision),
+                      ("parameters", f"{sheet.params:,}".replace(",", " ")),
+                      ("planned with trace", sheet.default_trace or "none")]))
+    out.print()
+    a = sheet.architecture
+    section(out, "Architecture", _pairs(
+        (field, ("yes" if value else "no") if isinstance(value, bool) else str(value))
+        for field, value in a if value is not None))
+    table = new_table("tensors", "parameters", *_SHOWN_PRECISIONS.values())
+    for group in sheet.groups:
+        table.add_row(group.name, number(group.params), *(quantity(group.bytes[p], "bytes", 3) for p in _SHOWN_PRECISIONS))
+    table.add_row("all", number(sheet.params), *(quantity(sheet.bytes[p], "bytes", 3) for p in _SHOWN_PRECISIONS),
+                  style="bold")
+    section(out, "Weights", table)
+    kv = ", ".join(f"{quantity(sheet.kv_bytes_per_token[p], 'bytes', 3)} at {label}"
+                   for p, label in list(_SHOWN_PRECISIONS.items())[:4])
+    out.print(Text(f"Keys and values of one token: {kv}.\n"
+                   f"One FFN neuron: {sheet.unit_params} parameters in {3 if a.gated else 2} matrices."))
+
+
+# --- traces -------------------------------------------------------------------------------------------------------
+
+
+def _print_trace(out: Console, sheet: TraceSheet) -> None:
+    h = sheet.header
+    origin = "captured from a real run" if h.kind == "captured" else "synthetic: drawn from published statistics"
+    _heading(out, h.name, origin)
+    drawn = "" if h.kind == "captured" else " (shown with the shape of this model)"
+    quality = "unknown" if h.quality is None else (
+        f"perplexity {h.quality.dense_perplexity:.2f} → {h.quality.sparse_perplexity:.2f} "
+        f"(× {h.quality.perplexity_ratio:.3f}) on {h.quality.tokens} tokens of {h.quality.text}")
+    predictors = {"none": "none", "oracle": "oracle: no engine can know these units before reading them",
+                  "gate": "the gate itself, read whole", "low-rank": "low-rank"}
+    out.print(_pairs([
+        ("model", f"{h.model}{drawn}"), ("serves", ", ".join(sheet.serves)),
+        ("size", f"{h.n_tokens} tokens, {h.n_layers} layers of {h.n_units} units ({h.unit}s of "
+                 f"{quantity(h.unit_bytes, 'bytes')} at {h.unit_precision})"),
+        ("active", f"{share(sheet.active_share)} of the units a token" + (
+            "" if h.active_share_range is None
+            else f", 90 %: {share(h.active_share_range[0])} to {share(h.active_share_range[1])}")),
+        ("records", f"units that were {h.records}"), ("criterion", h.criterion), ("threshold", h.threshold),
+        ("predictor", predictors[h.predictor] + (
+            f", {share(h.predictor_params_share)} of the parameters" if h.predictor_params_share else "")),
+        ("quality", quality), ("weakest figure", h.weakest_kind), ("text", h.text), ("licence", h.text_licence),
+        ("host", h.host), ("versions", ", ".join(f"{k} {v}" for k, v in h.versions.items())), ("created", h.created),
+        ("digest", h.digest),
+    ]))
+    out.print()
+    if h.op_timings_s:
+        section(out, "Measured, per decode step", _pairs((k, quantity(v, "s")) for k, v in h.op_timings_s.items()))
+    _print_law(out, sheet)
+    _print_statistics(out, sheet.statistics)
+
+
+def _print_law(out: Console, sheet: TraceSheet) -> None:
+    if sheet.header.kind != "synthetic":
+        return
+    said = sheet.header.statistics
+    rows = []
+    for key in ("active_share", "concentration"):
+        figure = said.get(key)
+        if isinstance(figure, dict):
+            rows.append((key, f"{number(figure['value'])} ({figure['kind']}; {figure['source']})"))
+    section(out, "The law", _pairs([("", str(said.get("law", ""))), *rows]))
+    if sheet.fitted_to:
+        table = new_table("published statistic", "window", "published", "law gives", "tolerance")
+        for row in sheet.fitted_to:
+            table.add_row(f"{row.quantity}\n{row.source}", str(row.window) if row.window else "", number(row.published),
+                          number(row.law), f"{100 * row.tolerance:g} %")
+        section(out, "Fitted to", table)
+
+
+def _print_statistics(out: Console, statistics: Mapping[str, Any]) -> None:
+    if "windows" not in statistics:
+        return
+    table = new_table("window, tokens", "units used", "if independent", "new units", "if independent")
+    for row in statistics["windows"]:
+        table.add_row(str(row["tokens"]), *(share(row[k]) for k in ("union", "union_independent", "new",
+                                                                    "new_independent")))
+    section(out, "Locality (units used: of all; new units: of those a token uses)", table)
+    layers = statistics["sparsity_by_layer"]
+    section(out, "Statistics", _pairs([
+        ("sparsity", f"{share(statistics['sparsity'])}, by layer {share(min(layers))} to {share(max(layers))}"),
+        ("shared with the token before", f"{share(statistics['adjacent_overlap'])} of the active units; "
+                                         f"{share(statistics['adjacent_overlap_independent'])} if independent"),
+        ("80 % of the activity", f"in {share(statistics['units_covering_80_percent'])} of the units"),
+        ("adjacent active units", f"{number(statistics['run_length'], 3)} in a run; "
+                                  f"{number(statistics['run_length_random_order'], 3)} in random order"),
+    ]))
+
+
+# --- policies -----------------------------------------------------------------------------------------------------
+
+
+def _print_policy(out: Console, sheet: PolicySheet) -> None:
+    _heading(out, sheet.name, sheet.summary)
+    if sheet.uses_trace:
+        out.print(Text("Needs a trace of the model's activity.\n"))
+    table = new_table("knob", "what it is", "values searched", "default", left=4)
+    table.columns[0].no_wrap = True
+    for knob in sheet.knobs:
+        limits = "" if knob.low is None or knob.high is None else f"\nany from {knob.low:g} to {knob.high:g}"
+        table.add_row(knob.name, f"{knob.help} ({knob.kind})", f"{_values(knob.values)}{limits}",
+                      "searched" if knob.default is None else _value(knob.default))
+    out.print(table)
+    where = sheet.shown_for
+    out.print(Text(f"\nValues as for {where['model']} on {where['device']}; `simmem plan --policy {sheet.name} "
+                   "--set KNOB=VALUE` holds one.\nDefaults stand for knobs that a reference row does not name.",
+                   style="dim"))
+
+
+def _values(values: list[KnobValue]) -> str:
+    if len(values) > SHOWN_VALUES:
+        return f"{_value(values[0])}, {_value(values[1])} … {_value(values[-1])} ({len(values)} values)"
+    return ", ".join(map(_value, values))
+
+
+def _value(value: KnobValue) -> str:
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    return f"{value:g}" if isinstance(value, float) else str(value)
