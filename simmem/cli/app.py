@@ -75,10 +75,14 @@ def plan(
     question = ask(device, model, dram=dram, vram=vram, prompt=prompt, new_tokens=new_tokens, batch=batch,
                    weights=weights, kv=kv, trace=trace, policy=policy or None, knobs=_settings(settings),
                    objective=objective, engine=engine)
+    if engine is not None:
+        question.device.check_engine(engine)
+    if out is not None:
+        from simmem.report.files import check_writable, write_text
+
+        check_writable(out)
     found = answer(question)
     if out is not None:
-        from simmem.report.files import write_text
-
         write_text(out, found.to_json() + "\n")
     if as_json:
         typer.echo(found.to_json())
@@ -107,12 +111,14 @@ def simulate(
             load[name] = float(share)
         except ValueError:
             raise SpecError(f"found {pair!r}, expected RESOURCE=SHARE", key="--background") from None
+    if timeline is not None:
+        from simmem.report.files import check_writable, write_text
+        from simmem.report.perfetto import chrome_trace
+
+        check_writable(timeline)
     written = read_plan(plan_file)
     result, lines = resimulate(written, tokens, load, file=str(plan_file))
     if timeline is not None:
-        from simmem.report.files import write_text
-        from simmem.report.perfetto import chrome_trace
-
         write_text(timeline, chrome_trace(lines, f"{written.model} on {written.device}: {written.policy.name}"))
     if as_json:
         typer.echo(result.model_dump_json(by_alias=True, indent=2))

@@ -21,7 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.errors import SpecError
-from simmem.schedule import DemandClass, Durations, Schedule
+from simmem.schedule import DemandClass, Durations, OpKind, Schedule
 from simmem.spec.device import Agent, Device, Link
 from simmem.spec.precision import COMPUTE_FALLBACK
 
@@ -72,7 +72,9 @@ def _compute_s(schedule: Schedule, index: int, what: DemandClass, device: Device
     flop_per_s = peak * _factor(factors, key) * agent.flop_share.value * _factor(factors, f"agent.{name}.flop_share")
     rate = agent.rate.value * _factor(factors, f"agent.{name}.rate")
     rate = rate * agent.rate_share.value * _factor(factors, f"agent.{name}.rate_share")
-    overhead = agent.op_overhead.value * _factor(factors, f"agent.{name}.op_overhead")
+    # A sync op is the fixed cost of a step; every other op pays its kernels.
+    constant = "step_overhead" if what.kind is OpKind.SYNC and agent.step_overhead else "op_overhead"
+    overhead = getattr(agent, constant).value * _factor(factors, f"agent.{name}.{constant}")
     moved = schedule.bytes.get(f"memory.{agent.memory}")
     seconds = schedule.flop[index] / flop_per_s
     if moved is not None:

@@ -130,11 +130,16 @@ def ask(
     precisions = (weights,) if weights else tuple(dict.fromkeys((spec_model.native_precision, "int8", "int4")))
     workload = Workload(prompt, new_tokens, batch, precisions[0], kv)
     workload.check(spec_model)
+    fixed = dict(knobs or {})
     if engine:
+        runs = [e.agent for key, e in spec_device.engine.items()
+                if key.split("/")[0] == engine and e.compute_precision == weights]
+        if runs and defaults:  # the stack is known to run this precision on one unit
+            fixed.setdefault("agent", runs[0])
         spec_device = spec_device.with_engine(engine)
     replayed, activity_range = _replays(trace, spec_model, batch)
     return Question(device, model, spec_device, spec_model, replayed, workload, precisions,
-                    _budgets(spec_device, dram, vram), names, dict(knobs or {}), objective, engine, activity_range,
+                    _budgets(spec_device, dram, vram), names, fixed, objective, engine, activity_range,
                     defaults)
 
 
@@ -361,7 +366,7 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
             context, agent, uses_trace=best.policy.uses_trace)), cost_model="roofline",
             search_gap=None if np.isnan(gap) else gap, extrapolating=False),
         fit=_fit(question, agent), objective=question.objective, engine=question.engine, why=[])
-    return result.model_copy(update={"why": reasons(result, _notes(best, rows))})
+    return result.model_copy(update={"why": reasons(result, question.device, _notes(best, rows))})
 
 
 def _notes(candidate: Candidate, rows: NDArray[np.int64]) -> list[str]:

@@ -74,7 +74,7 @@ def blocks(policy: Policy, context: Context, fixed: Mapping[str, object], *, def
             values[knob.name] = knob.values
     unknown = set(fixed) - set(values)
     if knobs and unknown:
-        raise SpecError(f"{policy.name} has no knob {sorted(unknown)[0]!r}; it has {', '.join(values)}", key="--set")
+        raise SpecError(f"{policy.name} has no knob {min(unknown)!r}; it has {', '.join(values)}", key="--set")
     structural = [k.name for k in knobs if k.kind == "structural"]
     demand = [k.name for k in knobs if k.kind == "demand"]
     if not knobs:

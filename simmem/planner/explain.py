@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from simmem.planner.document import Plan
+from simmem.spec.device import Device
 from simmem.units import format_quantity
 
 __all__ = ["LIMITS", "reasons"]
@@ -19,7 +20,7 @@ LIMITS = {
 """What each part of the breakdown is, in words."""
 
 
-def reasons(plan: Plan, notes: list[str]) -> list[str]:
+def reasons(plan: Plan, device: Device, notes: list[str]) -> list[str]:
     """The choice, what limits it, what it beats, and under which conditions."""
     p, fit = plan.predicted, plan.fit
     found = []
@@ -57,6 +58,11 @@ def reasons(plan: Plan, notes: list[str]) -> list[str]:
                  f"{format_quantity(plan.bound.token_latency_s, 's')} a token ({plan.bound.resource}); this one takes "
                  f"{p.token_latency_s / plan.bound.token_latency_s:.2f} times that")
     found += notes
+    shared = [f"{a} and storage" for a, agent in device.agent.items()
+              if agent.memory == device.host and a == plan.policy.knobs.get("agent") and sum(p.bytes_per_token.values())]
+    if shared and not device.interference:
+        found.append(f"{shared[0]} share {device.host} fairly in this answer; how much they really disturb each other "
+                     "was not measured on this device")
     if plan.trace is not None and plan.trace.kind == "synthetic" and plan.policy.name == "flash-window":
         found.append(f"the trace {plan.trace.name} is synthetic: fitted to published statistics, not captured")
     return found

@@ -12,6 +12,7 @@ To add one: a module in this folder (or another distribution's entry point in th
 from __future__ import annotations
 
 import importlib
+import math
 import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -64,6 +65,8 @@ class Knob:
                 number = float(str(given))
             except ValueError:
                 raise SpecError(f"found {given!r}, expected a number", key=self.name) from None
+            if not math.isfinite(number):
+                raise SpecError(f"found {given!r}, expected a finite number", key=self.name)
             if isinstance(wanted, int) and number != int(number):
                 raise SpecError(f"found {given!r}, expected a whole number", key=self.name)
             if not (self.low if self.low is not None else -1e300) <= number <= (

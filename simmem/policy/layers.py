@@ -33,6 +33,9 @@ ATTENTION_KERNELS = 8
 FFN_KERNELS = 5
 """norm, up, activation, down, residual; a gated FFN launches two more (gate, product). [kernels]"""
 
+HEAD_KERNELS = 3
+"""norm, output projection, sampling. [kernels]"""
+
 
 @dataclass(frozen=True)
 class UnitDemands:
@@ -63,6 +66,8 @@ class Demands:
     held_bytes: Mapping[str, Array]
     """Kept in each tier throughout, staging buffers apart. [B]"""
     units: UnitDemands | None = None
+    lookup_bytes: float = 0.0
+    """Rows of an input embedding that stays in storage, read at the start of a token. [B]"""
 
 
 class _Ops:
@@ -168,13 +173,12 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
                 {ops.memory: demands.layer_stream_bytes + units.read_bytes[layer]}))
     e = a.embedding_dim or a.d_model
     head_matrices = a.vocab * e + (2 * e * a.d_model if e != a.d_model else 0)
-    head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * batch * head_matrices, weights(head_matrices, a.d_model * a.final_norm),
-                       3, {ops.memory: demands.head_stream_bytes})
-    step_overhead = context.agent(agent).step_overhead
-    step = None
-    if step_overhead is not None:  # expressed in kernels, so that one constant rules
-        per_kernel = context.agent(agent).op_overhead.value
-        step = ops.compute("step", OpKind.SYNC, agent, 0.0, 0.0, step_overhead.value / per_kernel)
+    head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * batch * head_matrices,
+                       weights(head_matrices, a.d_model * a.final_norm), HEAD_KERNELS,
+                       {ops.memory: demands.head_stream_bytes})
+    step = ops.compute("step", OpKind.SYNC, agent, 0.0, 0.0, 1.0) if context.agent(agent).step_overhead else None
+    lookup = ops.move("embedding rows", np.full(n_columns, demands.lookup_bytes), np.full(n_columns, float(batch)),
+                      context.path_to(agent)) if demands.lookup_bytes else []
 
     builder, p = ops.builder, demands.prefetch
     computed: list[int] = []  # op that frees a stage's buffer, all tokens in one sequence
@@ -208,6 +212,8 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
                 op = builder.op(demand, stream, deps=[op], token=token, layer=layer)
             read[layer] = op
 
+        for demand, stream in lookup:
+            last = builder.op(demand, stream, deps=[last], token=token)
         if units is not None:
             for layer in range(min(p, layers)):
                 look_ahead(layer, last)
@@ -269,7 +275,8 @@ def prefill_schedule(context: Context, demands: Demands) -> Schedule:
         FFN_KERNELS + (2 if a.gated else 0), {ops.memory: demands.layer_stream_bytes})
     e = a.embedding_dim or a.d_model
     head_matrices = a.vocab * e + (2 * e * a.d_model if e != a.d_model else 0)
-    head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * workload.batch * head_matrices, head_matrices * matrix, 3,
+    head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * workload.batch * head_matrices, head_matrices * matrix,
+                       HEAD_KERNELS,
                        {ops.memory: demands.head_stream_bytes})
     builder = ops.builder
     buffers = max(demands.prefetch, 1)

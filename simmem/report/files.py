@@ -16,11 +16,8 @@ def write_text(path: Path, text: str) -> None:
 
     Raises SpecError where the folder does not exist, MachineError where it cannot be written.
     """
+    check_writable(path)
     folder = path.parent
-    if not folder.is_dir():
-        raise SpecError("the folder it should be written to does not exist", file=str(path))
-    if path.is_dir():
-        raise SpecError("is a folder, expected a file to write", file=str(path))
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
@@ -43,5 +40,7 @@ def check_writable(path: Path) -> None:
         raise SpecError("the folder it should be written to does not exist", file=str(path))
     if path.is_dir():
         raise SpecError("is a folder, expected a file to write", file=str(path))
+    if path.exists() and not path.is_file():  # a rename would put a file in the place of, say, /dev/stdout
+        raise SpecError("is not a regular file, so nothing is written to it", file=str(path))
     if not os.access(path.parent, os.W_OK):
         raise MachineError("cannot be written: the folder is read-only", file=str(path))

@@ -58,8 +58,8 @@ def show(what: str, name: str, as_json: bool) -> None:
 
 def print_trace(header: TraceHeader, active_share: float) -> None:
     """Print what a trace that was just captured says of itself."""
-    from simmem.report.sheets import captured_sheet
     from simmem.report.sheetprint import print_sheet
+    from simmem.report.sheets import captured_sheet
 
     print_sheet(captured_sheet(header, active_share))
 

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pydantic import BaseModel
+from pydantic.json_schema import GenerateJsonSchema
 
 from simmem.errors import UnknownNameError
 from simmem.planner.document import Plan
@@ -24,6 +25,14 @@ from simmem.trace import SyntheticSpec, TraceHeader
 __all__ = ["all_schemas", "print_schema", "schema_of"]
 
 _DIALECT = "https://json-schema.org/draft/2020-12/schema"
+
+
+class _Whole(GenerateJsonSchema):
+    """In a document that simmem prints every field is present, those with defaults too."""
+
+    def field_is_required(self, field: Any, total: bool) -> bool:
+        del field, total
+        return True
 
 
 def _printed() -> dict[str, type[BaseModel]]:
@@ -52,9 +61,9 @@ def schema_of(name: str) -> dict[str, Any]:
     short = name.removeprefix("simmem.").removesuffix("/1")
     printed, read = _printed(), _read()
     if short in printed:
-        return _finish(short, printed[short].model_json_schema(by_alias=True, mode="serialization"))
+        return _finish(short, printed[short].model_json_schema(mode="serialization", schema_generator=_Whole))
     if short in read:
-        schema = read[short].model_json_schema(by_alias=True, mode="validation")
+        schema = read[short].model_json_schema(mode="validation")
         _quote_figures(schema)
         return _finish(short, _as_rows(schema) if short == "reference" else schema)
     raise UnknownNameError("schema", name, [*printed, *read])

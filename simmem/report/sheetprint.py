@@ -104,7 +104,8 @@ def _print_figure(out: Console, name: str, figure: FigureRow) -> None:
 
 # --- models -------------------------------------------------------------------------------------------------------
 
-_SHOWN_PRECISIONS = {"fp32": "fp32", "fp16": "fp16/bf16", "int8": "int8", "int4": "int4", "int3": "int3", "int2": "int2"}
+# bf16 takes what fp16 takes.
+_PRECISIONS = {"fp32": "fp32", "fp16": "fp16/bf16", "int8": "int8", "int4": "int4", "int3": "int3", "int2": "int2"}
 
 
 def _print_model(out: Console, sheet: ModelSheet) -> None:
@@ -117,14 +118,14 @@ def _print_model(out: Console, sheet: ModelSheet) -> None:
     section(out, "Architecture", _pairs(
         (field, ("yes" if value else "no") if isinstance(value, bool) else str(value))
         for field, value in a if value is not None))
-    table = new_table("tensors", "parameters", *_SHOWN_PRECISIONS.values())
+    table = new_table("tensors", "parameters", *_PRECISIONS.values())
     for group in sheet.groups:
-        table.add_row(group.name, number(group.params), *(quantity(group.bytes[p], "bytes", 3) for p in _SHOWN_PRECISIONS))
-    table.add_row("all", number(sheet.params), *(quantity(sheet.bytes[p], "bytes", 3) for p in _SHOWN_PRECISIONS),
+        table.add_row(group.name, number(group.params), *(quantity(group.bytes[p], "bytes", 3) for p in _PRECISIONS))
+    table.add_row("all", number(sheet.params), *(quantity(sheet.bytes[p], "bytes", 3) for p in _PRECISIONS),
                   style="bold")
     section(out, "Weights", table)
     kv = ", ".join(f"{quantity(sheet.kv_bytes_per_token[p], 'bytes', 3)} at {label}"
-                   for p, label in list(_SHOWN_PRECISIONS.items())[:4])
+                   for p, label in list(_PRECISIONS.items())[:4])
     out.print(Text(f"Keys and values of one token: {kv}.\n"
                    f"One FFN neuron: {sheet.unit_params} parameters in {3 if a.gated else 2} matrices."))
 

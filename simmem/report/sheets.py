@@ -1,4 +1,4 @@
-"""What is there to know about one device, model, trace or policy? Everything its file says, and what follows from it."""
+"""What is there to know about one device, model, trace or policy? What its file says, and what follows from it."""
 
 from __future__ import annotations
 

@@ -19,12 +19,15 @@ import numpy as np
 import simpy
 from numpy.typing import NDArray
 
+from simmem.errors import SpecError
 from simmem.schedule import Durations, Schedule
 from simmem.sim.timeline import Timeline
 
 __all__ = ["Contention", "can_contend", "events", "fair_speeds"]
 
 _FINISHED = 1e-15
+"""A flow with less work left than this share of the time so far has ended: that much is rounding."""
+_ROUNDING = 1e-12
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,16 @@ class Contention:
     interference: Mapping[tuple[str, str, str], float] = field(default_factory=dict)
     background: Mapping[str, float] = field(default_factory=dict)
     queue_limit: Mapping[str, int] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        wrong = [
+            *((k, v, "a rate above 0") for k, v in self.capacity_bytes_per_s.items() if not v > 0),
+            *((k, v, "a share in (0, 1]") for k, v in self.interference.items() if not 0 < v <= 1),
+            *((k, v, "a share in [0, 1)") for k, v in self.background.items() if not 0 <= v < 1),
+            *((k, v, "at least one op") for k, v in self.queue_limit.items() if v < 1),
+        ]
+        for key, value, expected in wrong:
+            raise SpecError(f"found {value!r}, expected {expected}", key=str(key))
 
     def available(self, resource: str) -> float:
         """Rate of a resource less its background load. [B/s]"""
@@ -64,7 +77,7 @@ def can_contend(schedule: Schedule, durations: Durations, contention: Contention
         for stream in range(len(schedule.streams)):
             used = np.unique(schedule.op_class[schedule.op_stream == stream])
             worst += float(draw[used].max(initial=0.0))
-        if worst > contention.available(resource) * (1 + 1e-12):
+        if worst > contention.available(resource) * (1 + _ROUNDING):
             return True
     return False
 
@@ -186,10 +199,9 @@ class _Fluid:
         self.available = {r: contention.available(r) for r in contention.capacity_bytes_per_s}
         self.draw: list[dict[str, float]] = [{} for _ in occupancy]
         for resource, amount in schedule.bytes.items():
-            if resource in self.available:
-                for draw, n_bytes, seconds in zip(self.draw, amount[:, 0].tolist(), occupancy, strict=True):
-                    if n_bytes > 0 and seconds > 0:
-                        draw[resource] = n_bytes / seconds
+            for draw, n_bytes, seconds in zip(self.draw, amount[:, 0].tolist(), occupancy, strict=True):
+                if n_bytes > 0 and seconds > 0:
+                    draw[resource] = n_bytes / seconds
         self.known: dict[tuple[int, ...], list[float]] = {}
         """Speeds depend on nothing but which classes flow together, and the same ones keep meeting."""
 
@@ -230,7 +242,7 @@ class _Fluid:
         if event.value != self.version:
             return
         self._advance()
-        nothing = _FINISHED * max(self.env.now, 1.0)
+        nothing = _FINISHED * self.env.now
         ended = [f for f in self.flows if f.work_s <= nothing]
         if ended:
             self.flows = [f for f in self.flows if f.work_s > nothing]
@@ -261,46 +273,44 @@ def fair_speeds(draws: list[dict[str, float]], available: Mapping[str, float], c
     Parameters
     ----------
     draws : per flow, resource → what it draws at full speed. [B/s]
-    available : resource → what there is. [B/s]
+    available : resource → what there is; resources not named have room for everything. [B/s]
     caps : per flow, the largest speed it may have, in (0, 1].
 
     Returns
     -------
-    Speeds in (0, 1]: progressive filling (Bertsekas & Gallager, Data Networks, §6.5.2), fair in
-    bandwidth, so a flow that asks for less than its share gets all of it.
+    Speeds in (0, 1], fair in bandwidth, so that a flow that asks for less than its share gets all of it. The
+    bandwidth of a flow is its speed × the most it draws from any one resource. Progressive filling (Bertsekas &
+    Gallager, Data Networks, §6.5.2): all bandwidths rise together, and a flow stops at its cap or where a resource
+    it uses is full.
     """
     speeds = list(caps)
-    left = dict(available)
-    loose = set(range(len(draws)))
+    users: dict[str, list[int]] = {}
+    for i, draw in enumerate(draws):
+        for resource in draw:
+            if resource in available:
+                users.setdefault(resource, []).append(i)
+    full = 1 + _ROUNDING
+    if all(sum(draws[i][r] * caps[i] for i in who) <= available[r] * full for r, who in users.items()):
+        return speeds
+    most = [max((d for r, d in draw.items() if r in available), default=0.0) for draw in draws]
+    left = {r: available[r] for r in users}
+    loose = {i for i, m in enumerate(most) if m > 0}
+    level = 0.0
     while loose:
-        lowest, tight = 1.0, None
-        for resource, room in left.items():
-            users = [i for i in loose if resource in draws[i]]
-            if not users or sum(draws[i][resource] * speeds[i] for i in users) <= room * (1 + 1e-12):
-                continue
-            level = _fill([draws[i][resource] * speeds[i] for i in users], room)
-            share = min(level / (draws[i][resource] * speeds[i]) for i in users)
-            if tight is None or share < lowest:
-                lowest, tight = share, (resource, level, users)
-        if tight is None:
-            break
-        resource, level, users = tight
-        for i in users:
-            if draws[i][resource] * speeds[i] >= level * (1 - 1e-12):
-                speeds[i] = level / draws[i][resource]
+        reach = {}
+        for resource, who in users.items():
+            rise = sum(draws[i][resource] / most[i] for i in who if i in loose)
+            if rise:
+                reach[resource] = left[resource] / rise
+        # The water never falls; rounding in what is left may say that it did.
+        level = max(level, min(*reach.values(), *(most[i] * caps[i] for i in loose)))
+        tight = {r for r, top in reach.items() if top <= level * full}
+        for i in sorted(loose):
+            capped = most[i] * caps[i] <= level * full
+            if capped or not tight.isdisjoint(draws[i]):
+                speeds[i] = caps[i] if capped else level / most[i]
                 loose.discard(i)
-                for other, amount in draws[i].items():
-                    if other in left:
-                        left[other] = max(left[other] - amount * speeds[i], 0.0)
+                for resource, amount in draws[i].items():
+                    if resource in left:
+                        left[resource] = max(left[resource] - amount * speeds[i], 0.0)
     return speeds
-
-
-def _fill(demands: list[float], room: float) -> float:
-    """The water level at which demands capped by it fill `room`."""
-    rest = sorted(demands)
-    for index, demand in enumerate(rest):
-        level = room / (len(rest) - index)
-        if demand >= level:
-            return level
-        room -= demand
-    return rest[-1]

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Literal
 
 from pydantic import Field, model_validator
 
-from simmem.errors import SpecError
+from simmem.errors import SpecError, UnknownNameError
 from simmem.spec import library
 from simmem.spec.base import (
     Bytes,
@@ -237,6 +237,14 @@ class Device(Frozen):
     def weakest_kind(self) -> Kind:
         """The least well known kind among all figures."""
         return weakest([f.kind for f in self.figures().values()])
+
+    def check_engine(self, name: str) -> None:
+        """Raise where nothing is known of the software stack `name` on this device."""
+        known = sorted({key.split("/")[0] for key in self.engine})
+        if not known:
+            raise SpecError(f"found {name!r}, but of {self.name} no software stack is known", key="--engine")
+        if name not in known:
+            raise UnknownNameError("engine", name, known, key="--engine")
 
     def with_engine(self, name: str) -> Device:
         """This device as the software stack `name` drives it; unchanged where nothing is known of it."""

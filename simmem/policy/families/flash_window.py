@@ -88,12 +88,26 @@ class FlashWindow:
     def _fixed(self, context: Context, block: Block) -> Array:
         """Everything in fast memory but the neuron cache and the buffers of units, (n_candidates,). [B]"""
         share = block.columns["attention_resident"].astype(np.float64)
-        ffn = context.model.group("ffn")
-        dense = context.total_bytes - context.unit_bytes * ffn.matrix_params / context.model.unit_params
+        dense = context.total_bytes - self._stored_bytes(context)
         layer, head = self._streamed(context, block)
         buffers = int(block.structural["prefetch_layers"]) + 1
         return np.asarray(share * dense + self._predictor_bytes(context, block) + context.kv_bytes
                           + context.working_bytes + buffers * np.maximum(layer, head))
+
+    def _stored_bytes(self, context: Context) -> float:
+        """What stays in storage whatever the knobs: FFN neurons, and an input embedding that nothing multiplies. [B]"""
+        units = context.unit_bytes * context.model.group("ffn").matrix_params / context.model.unit_params
+        tied = context.model.architecture.tied_head
+        return units + (0.0 if tied else context.group_bytes["embedding"])
+
+    def _lookup_bytes(self, context: Context) -> float:
+        """One row of that embedding per sequence, rounded up to whole blocks. [B]"""
+        a, link = context.model.architecture, context.storage_link[1]
+        if a.tied_head:
+            return 0.0
+        block_bytes = link.block.value if link.block else 1.0
+        row = context.group_bytes["embedding"] / a.vocab
+        return float(context.workload.batch * np.ceil(row / block_bytes) * block_bytes)
 
     def _streamed(self, context: Context, block: Block) -> tuple[Array, Array]:
         share = 1.0 - block.columns["attention_resident"].astype(np.float64)
@@ -228,7 +242,7 @@ class FlashWindow:
             agent=str(block.structural["agent"]), prefetch=int(block.structural["prefetch_layers"]),
             source=context.device.storage, depth=np.repeat(block.columns["reader_threads"].astype(np.float64), n),
             layer_stream_bytes=np.repeat(layer, n), head_stream_bytes=np.repeat(head, n),
-            held_bytes={fast: np.repeat(held_bytes, n)},
+            held_bytes={fast: np.repeat(held_bytes, n)}, lookup_bytes=self._lookup_bytes(context),
             units=UnitDemands(
                 requests=columns(requests), read_bytes=columns(read),
                 upkeep_bytes=columns(np.where(kept, TRAFFIC_PER_NEW_BYTE * new_bytes, 0.0)), rows=columns(held),
@@ -251,18 +265,20 @@ class FlashWindow:
     def placements(self, context: Context, block: Block) -> list[Placement]:
         fast = context.memory_of(str(block.structural["agent"]))
         share = float(block.columns["attention_resident"][0])
-        ffn_units = context.unit_bytes * context.model.group("ffn").matrix_params / context.model.unit_params
-        dense = context.total_bytes - ffn_units
+        stored = self._stored_bytes(context)
+        dense = context.total_bytes - stored
+        what = "embeddings, attention, norms" if context.model.architecture.tied_head else "attention, head, norms"
+        far = "FFN neurons" if context.model.architecture.tied_head else "FFN neurons, input embedding"
         cache = self._cache(context, block)
         layer, head = self._streamed(context, block)
         buffers = int(block.structural["prefetch_layers"]) + 1
         staging = float(self._staging(context, block)[0] + buffers * max(layer[0], head[0]))
         found = [
-            Placement("embeddings, attention, norms", fast, share * dense, loaded=True),
-            Placement("embeddings and attention, streamed share", context.device.storage, (1 - share) * dense),
+            Placement(what, fast, share * dense, loaded=True),
+            Placement("attention and head, streamed share", context.device.storage, (1 - share) * dense),
             Placement("predictor", fast, self._predictor_bytes(context, block), loaded=True),
             Placement("FFN neurons, cached window", fast, float(cache.rows_bytes[0])),
-            Placement("FFN neurons", context.device.storage, ffn_units),
+            Placement(far, context.device.storage, stored),
             Placement("read buffers", fast, staging),
             Placement("keys and values", fast, context.kv_bytes),
             Placement("activations", fast, context.working_bytes),
@@ -277,7 +293,9 @@ class FlashWindow:
         new = cache.new_units[0][rows].sum(axis=1).astype(np.float64)
         asked = cache.new_units[0][rows].sum(axis=1) if none else context.table.active_units[rows].sum(axis=1)
         layer, head = self._streamed(context, block)
-        requested = float(new.mean() * context.unit_bytes + layer[0] * context.model.architecture.n_layers + head[0])
+        a = context.model.architecture
+        rows_bytes = 0.0 if a.tied_head else context.workload.batch * context.group_bytes["embedding"] / a.vocab
+        requested = float(new.mean() * context.unit_bytes + layer[0] * a.n_layers + head[0] + rows_bytes)
         knob = int(block.columns["window_tokens"][0])
         mean_window = float(cache.window[0][rows].mean())
         notes = []

@@ -1,0 +1,289 @@
+"""Which devices, models, traces, workloads, knobs and schedules must the laws hold for? Random ones.
+
+Structure is drawn by Hypothesis, so that a failure shrinks to a small device and a short schedule;
+amounts come from a generator seeded by it, so that an example stays cheap. Figures range over what
+is sold and a little beyond; models are small, so that reads smaller than a block, layers smaller
+than a request and constants larger than the work all occur.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+from hypothesis import strategies as st
+from numpy.typing import NDArray
+
+from simmem.planner.candidate import Candidate, contention_of
+from simmem.policy.base import Block, KnobValue, Policy
+from simmem.policy.context import Context, Replayed
+from simmem.schedule import DemandClass, Durations, OpKind, Schedule, ScheduleBuilder
+from simmem.sim.events import Contention
+from simmem.spec.device import Device
+from simmem.spec.model import Model
+from simmem.spec.precision import PRECISIONS
+from simmem.spec.workload import Workload
+from simmem.trace.trace import Quality, Trace, TraceHeader, digest_of
+
+Array = NDArray[np.float64]
+
+UNITS = {"capacity": "B", "reserved": "B", "rate": "B/s", "request_rate": "B/s", "block": "B", "latency": "s",
+         "request_time": "s", "op_overhead": "s", "step_overhead": "s", "energy_per_byte": "J/B",
+         "energy_per_flop": "J/FLOP", "idle": "W", "flop": "FLOP/s"}
+
+
+def figure(name: str, value: float) -> dict[str, Any]:
+    """A figure of a device file; shares and counts are bare numbers."""
+    unit = UNITS.get(name)
+    return {"value": f"{value!r} {unit}" if unit else value, "kind": "measured", "source": "drawn at random"}
+
+
+def seeds() -> st.SearchStrategy[np.random.Generator]:
+    return st.integers(0, 2**32 - 1).map(np.random.default_rng)
+
+
+def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
+    return float(np.exp(rng.uniform(np.log(low), np.log(high))))
+
+
+@st.composite
+def devices(draw: st.DrawFn, *, energy: bool = False) -> Device:
+    """Unified or discrete, one or two agents, with or without interference and a constant per step."""
+    rng = draw(seeds())
+    unified = draw(st.booleans())
+    both = draw(st.booleans())
+    shared = draw(st.booleans())
+
+    def some(name: str, low: float, high: float) -> dict[str, Any]:
+        return {name: figure(name, log_uniform(rng, low, high))}
+
+    def memory(kind: str, capacity: float) -> dict[str, Any]:
+        found = {"kind": kind, "capacity": figure("capacity", capacity)}
+        if shared and kind != "storage":
+            found |= some("rate", 1e9, 1e12)
+        return found | (some("energy_per_byte", 1e-12, 1e-9) if energy else {})
+
+    def agent(memory_name: str) -> dict[str, Any]:
+        found = {"memory": memory_name, "flop_per_s": {"fp32": figure("flop", log_uniform(rng, 1e9, 1e13))},
+                 "flop_share": figure("flop_share", float(rng.uniform(0.1, 1))),
+                 "rate_share": figure("rate_share", float(rng.uniform(0.1, 1)))}
+        found |= some("rate", 1e9, 1e12) | some("op_overhead", 1e-7, 1e-4)
+        if rng.random() < 0.5:
+            found |= some("step_overhead", 1e-7, 1e-2)
+        if rng.random() < 0.5:
+            found["flop_per_s"]["fp16"] = figure("flop", log_uniform(rng, 1e9, 1e14))
+        return found | (some("energy_per_flop", 1e-14, 1e-10) if energy else {})
+
+    storage = {"kind": "storage", "source": "flash", "target": "dram"}
+    storage |= some("rate", 1e8, 2e10) | some("latency", 5e-6, 1e-3) | some("request_time", 1e-7, 5e-5)
+    storage |= some("request_rate", 1e8, 3e10) | {"block": figure("block", float(2 ** rng.integers(9, 15)))}
+    if rng.random() < 0.7:
+        storage |= {"best_depth": figure("best_depth", int(rng.integers(1, 128))),
+                    "overload_exponent": float(rng.choice([0.0, 0.2, 1.0]))}
+    if energy:
+        storage |= some("energy_per_byte", 1e-11, 1e-8)
+    memories, links = {"flash": memory("storage", 1e12)}, {"flash": storage}
+    if unified:
+        memories["dram"] = memory("unified", 1e11)
+        agents = {name: agent("dram") for name in (("cpu", "gpu") if both else ("cpu",))}
+    else:
+        memories |= {"dram": memory("host", 1e11), "vram": memory("device", 1e11)}
+        agents = ({"cpu": agent("dram")} if both else {}) | {"gpu": agent("vram")}
+        for name, ends in (("h2d", ("dram", "vram")), ("d2h", ("vram", "dram"))):
+            links[name] = {"kind": "copy", "source": ends[0], "target": ends[1], **some("rate", 1e9, 1e11),
+                           **some("latency", 1e-6, 1e-4), **(some("energy_per_byte", 1e-12, 1e-9) if energy else {})}
+    rules = []
+    if both and unified and draw(st.booleans()):
+        rules = [{"victim": a, "aggressor": b, "memory": "dram", "share": figure("share", float(rng.uniform(0.2, 1)))}
+                 for a, b in (("cpu", "gpu"), ("gpu", "cpu"))]
+    return Device.model_validate({
+        "schema": "simmem.device/1", "name": "random", "title": "drawn at random", "memory": memories,
+        "agent": agents, "link": links, "interference": rules,
+        **({"idle": figure("idle", log_uniform(rng, 0.1, 100))} if energy else {})})
+
+
+@st.composite
+def models(draw: st.DrawFn) -> Model:
+    """One to four layers; gated or not, tied or not, with and without biases and narrow embeddings."""
+    rng = draw(seeds())
+    gated, tied, biased = draw(st.booleans()), draw(st.booleans()), draw(st.booleans())
+    kv_heads = int(rng.integers(1, 3))
+    d_head = int(rng.choice([4, 8, 16]))
+    heads = kv_heads * int(rng.integers(1, 3))
+    d = heads * d_head
+    narrow = int(rng.integers(2, d)) if rng.random() < 0.2 and d > 3 else None
+    return Model.model_validate({
+        "schema": "simmem.model/1", "name": "random", "title": "drawn at random", "family": "random",
+        "source": "drawn at random", "native_precision": draw(st.sampled_from(["fp16", "fp32", "bf16"])),
+        "architecture": {
+            "d_model": d, "n_layers": draw(st.integers(1, 4)), "n_heads": heads, "n_kv_heads": kv_heads,
+            "d_head": d_head, "d_ff": int(rng.integers(4, 200)) * int(rng.choice([1, 1, 20])),
+            "vocab": int(rng.integers(10, 2000)), "max_positions": 4096, "gated": gated, "activation": "relu",
+            "learned_position_rows": int(rng.choice([0, 64])), "embedding_dim": narrow, "tied_head": tied,
+            "head_bias": biased and not tied, "qkv_bias": biased, "attention_output_bias": biased, "ffn_bias": biased,
+            "norm": str(rng.choice(["layernorm", "rmsnorm"])), "norms_per_layer": int(rng.integers(1, 5)),
+            "final_norm": bool(rng.random() < 0.8), "qk_norm": bool(rng.random() < 0.2)}})
+
+
+@st.composite
+def traces(draw: st.DrawFn, model: Model) -> Trace:
+    """Skewed and local, as captured ones are: units fire at very unequal rates, and again after they fired."""
+    a = model.architecture
+    rng = draw(seeds())
+    n_tokens = draw(st.integers(1, 16))
+    share, stays = draw(st.sampled_from([0.02, 0.1, 0.4, 0.9])), draw(st.sampled_from([0.0, 0.5, 0.9]))
+    rate = np.clip(share * rng.gamma(0.3, 1 / 0.3, (a.n_layers, a.d_ff)), 0, 1)
+    bits = np.empty((n_tokens, a.n_layers, a.d_ff), np.bool_)
+    bits[0] = rng.random(rate.shape) < rate
+    for token in range(1, n_tokens):
+        again = rng.random(rate.shape) < stays
+        bits[token] = np.where(again, bits[token - 1], rng.random(rate.shape) < rate)
+    active = np.packbits(bits, axis=2, bitorder="little")
+    predictor = draw(st.sampled_from(["low-rank", "gate", "oracle", "none"]))
+    quality = Quality(text="random", tokens=10, dense_perplexity=10.0, sparse_perplexity=11.0)
+    return Trace(TraceHeader(
+        name="random", kind="captured", model=model.name, n_tokens=n_tokens, n_layers=a.n_layers, n_units=a.d_ff,
+        unit_bytes=model.unit_bytes("fp16"), criterion="random", threshold="none", records="active",
+        predictor=predictor, predictor_params_share=0.03 if predictor == "low-rank" else 0.0,
+        quality=quality if rng.random() < 0.5 else None, text="none", digest=digest_of(active)), active)
+
+
+@st.composite
+def workloads(draw: st.DrawFn) -> Workload:
+    return Workload(draw(st.integers(1, 200)), draw(st.integers(1, 100)), draw(st.integers(1, 4)),
+                    draw(st.sampled_from(PRECISIONS)), draw(st.sampled_from(["fp16", "int8", "int4"])))
+
+
+@st.composite
+def contexts(draw: st.DrawFn, *, trace: bool = True, energy: bool = False) -> Context:
+    """Everything a policy is asked with; the budgets range from nothing to everything."""
+    device, model, workload = draw(devices(energy=energy)), draw(models()), draw(workloads())
+    replayed = Replayed(draw(traces(model))) if trace else None
+    whole = Context(device, model, workload, replayed, {})
+    most = 4 * (whole.total_bytes + whole.kv_bytes + whole.working_bytes) + 1e6
+    tightness = draw(st.sampled_from([0.02, 0.1, 0.3, 1.0]))
+    budget = {name: memory.capacity.value if memory.kind == "storage" else float(np.floor(tightness * most))
+              for name, memory in device.memory.items()}
+    return Context(device, model, workload, replayed, budget)
+
+
+def rich(context: Context) -> Context:
+    """The same with room for everything."""
+    return Context(context.device, context.model, context.workload, context.replayed,
+                   {k: 1e15 for k in context.budget_bytes})
+
+
+@st.composite
+def policy_blocks(draw: st.DrawFn, policy: Policy, context: Context, n: int = 6) -> Block:
+    """`n` candidates that share their structure: grid values, and values that only `--set` reaches."""
+    rng = draw(seeds())
+    structural: dict[str, KnobValue] = {}
+    columns: dict[str, NDArray[Any]] = {}
+    for knob in policy.knobs(context):
+        allowed = (*knob.values, *knob.unsearched)
+        if knob.kind == "structural":
+            structural[knob.name] = draw(st.sampled_from(allowed))
+        else:
+            values = [allowed[i] for i in rng.integers(0, len(allowed), n)]
+            if isinstance(values[0], float) and knob.low is not None and knob.high is not None:
+                values = [v if rng.random() < 0.5 else float(rng.uniform(knob.low, knob.high)) for v in values]
+            columns[knob.name] = np.array(values)
+    return Block(structural, columns)
+
+
+@st.composite
+def candidates(draw: st.DrawFn, policy: Policy, *, energy: bool = False) -> Candidate:
+    context = draw(contexts(energy=energy))
+    return Candidate(context, policy, draw(policy_blocks(policy, context, 1)))
+
+
+def rows_of(context: Context, policy: Policy) -> NDArray[np.int64]:
+    """Every token that the policy can be asked about."""
+    if not policy.uses_trace or context.trace is None:
+        return np.zeros(1, np.int64)
+    return np.arange(len(context.table.tokens))
+
+
+# ------------------------------------------------------------------------------------- schedules of any shape
+
+
+@st.composite
+def schedules(draw: st.DrawFn, device: Device, *, max_ops: int = 30, max_candidates: int = 6) -> Schedule:
+    """Ops in program order over all streams of a device, any dependencies, some classes absent in some candidates."""
+    rng = draw(seeds())
+    n, n_ops = draw(st.integers(1, max_candidates)), draw(st.integers(1, max_ops))
+    streams = [f"link.{name}" for name in device.link] + list(device.agent)
+    builder = ScheduleBuilder(n, streams)
+    classes: list[tuple[int, str]] = []
+    absent = draw(st.sampled_from([0.0, 0.3, 0.8]))
+    for k in range(draw(st.integers(1, 8))):
+        here = rng.random(n) >= absent
+        size = np.exp(rng.uniform(np.log(1e2), np.log(1e8), n)) * here
+        where = streams[int(rng.integers(len(streams)))]
+        if where.startswith("link."):
+            link = device.link[where[5:]]
+            moved = {where: size, f"memory.{link.target}": size, f"memory.{link.source}": size}
+            if link.kind == "storage":
+                del moved[f"memory.{link.source}"]
+            what = DemandClass(f"move {k}", OpKind.IO if link.kind == "storage" else OpKind.TRANSFER, link=where[5:])
+            demand = builder.demand(what, requests=np.ceil(size / rng.choice([4096, 65536, 1 << 22])),
+                                    depth=rng.integers(1, 64, n).astype(float), bytes=moved)
+        else:
+            memory = device.agent[where].memory
+            kind = OpKind(str(rng.choice(["compute", "memory", "predictor", "sync"])))
+            demand = builder.demand(
+                DemandClass(f"compute {k}", kind, agent=where), flop=size * rng.choice([0.0, 1.0, 100.0]),
+                requests=np.where(here, rng.integers(0, 9, n), 0), bytes={f"memory.{memory}": size})
+        classes.append((demand, where))
+    n_tokens = draw(st.integers(1, 3))
+    ends = set(np.sort(rng.choice(n_ops, min(n_tokens, n_ops), replace=False)).tolist()[:-1]) | {n_ops - 1}
+    token = 0
+    for op in range(n_ops):
+        near = rng.random() < 0.7
+        low = max(0, op - 4) if near else 0
+        deps = rng.integers(low, op, int(rng.integers(0, 4))).tolist() if op else []
+        demand, stream = classes[int(rng.integers(len(classes)))]
+        builder.op(demand, stream, deps=deps, token=token, layer=op)
+        if op in ends:
+            builder.end_token(op)
+            token += 1
+    return builder.build()
+
+
+@st.composite
+def any_durations(draw: st.DrawFn, schedule: Schedule) -> Durations:
+    """Seconds that no cost model made: over eight decades, some zero, latencies on any class."""
+    rng = draw(seeds())
+    shape = schedule.flop.shape
+    occupancy = np.exp(rng.uniform(np.log(1e-6), np.log(1e2), shape)) * (rng.random(shape) < 0.9)
+    latency = np.exp(rng.uniform(np.log(1e-6), np.log(1e2), shape)) * (rng.random(shape) < 0.4)
+    present = schedule.present
+    return Durations(np.where(present, occupancy, 0.0), np.where(present, latency, 0.0))
+
+
+@st.composite
+def contentions(draw: st.DrawFn, schedule: Schedule, context: Context | Device) -> Contention:
+    """What the device shares, and sometimes background load and short queues."""
+    device = context if isinstance(context, Device) else context.device
+    base = contention_of(Context(device, None, None, None, {}))  # type: ignore[arg-type]
+    rng = draw(seeds())
+    background: dict[str, float] = {}
+    queues: dict[str, int] = {}
+    if draw(st.booleans()):
+        background = {r: float(rng.uniform(0, 0.9)) for r in base.capacity_bytes_per_s if rng.random() < 0.5}
+    if draw(st.booleans()):
+        queues = {s: int(rng.integers(1, 4)) for s in schedule.streams if rng.random() < 0.5}
+    return Contention(base.capacity_bytes_per_s, base.interference, background, queues)
+
+
+def column_of(took: Durations, index: int) -> Durations:
+    """The durations of one candidate."""
+    return Durations(took.occupancy_s[:, index: index + 1], took.latency_s[:, index: index + 1])
+
+
+def same_knobs(policy: Policy, context: Context, knobs: Mapping[str, KnobValue]) -> Block:
+    """A block of one candidate from plain knob values."""
+    kinds = {k.name: k.kind for k in policy.knobs(context)}
+    return Block({k: v for k, v in knobs.items() if kinds[k] == "structural"},
+                 {k: np.array([v]) for k, v in knobs.items() if kinds[k] == "demand"})
