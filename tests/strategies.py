@@ -238,16 +238,17 @@ def schedules(draw: st.DrawFn, device: Device, *, max_ops: int = 30, max_candida
         classes.append((demand, where))
     n_tokens = draw(st.integers(1, 3))
     ends = set(np.sort(rng.choice(n_ops, min(n_tokens, n_ops), replace=False)).tolist()[:-1]) | {n_ops - 1}
-    token = 0
+    token, ended = 0, None
     for op in range(n_ops):
         near = rng.random() < 0.7
         low = max(0, op - 4) if near else 0
         deps = rng.integers(low, op, int(rng.integers(0, 4))).tolist() if op else []
         demand, stream = classes[int(rng.integers(len(classes)))]
-        builder.op(demand, stream, deps=deps, token=token, layer=op)
-        if op in ends:
+        last = op in ends
+        builder.op(demand, stream, deps=[*deps, ended] if last else deps, token=token, layer=op)
+        if last:  # tokens end one after the other
             builder.end_token(op)
-            token += 1
+            token, ended = token + 1, op
     return builder.build()
 
 

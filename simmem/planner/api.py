@@ -167,6 +167,8 @@ def _budgets(device: Device, dram: str | float | None, vram: str | float | None)
         if not tiers:
             raise SpecError(f"{device.name} has unified memory and no VRAM of its own; use --dram", key=flag)
         amount = float(given) if isinstance(given, (int, float)) else parse_quantity(given, "bytes", key=flag)
+        if not amount >= 1:  # also false for NaN
+            raise SpecError(f"found {given!r}, expected at least a byte", key=flag)
         capacity = device.memory[tiers[0]].capacity.value
         if amount > capacity:
             raise SpecError(f"found {given!r}, but {device.name} has {capacity / 1e9:g} GB of it", key=flag)
@@ -319,9 +321,11 @@ def plan(
     InfeasiblePlanError
         Nothing fits; names the binding tier and the missing bytes.
     """
-    return answer(ask(device, model, dram=dram, vram=vram, prompt=prompt, new_tokens=new_tokens, batch=batch,
-                      weights=weights, kv=kv, trace=trace, policy=policy, knobs=knobs, objective=objective,
-                      engine=engine))
+    question = ask(device, model, dram=dram, vram=vram, prompt=prompt, new_tokens=new_tokens, batch=batch,
+                   weights=weights, kv=kv, trace=trace, policy=policy, knobs=knobs, objective=objective, engine=engine)
+    if engine is not None:
+        question.device.check_engine(engine)
+    return answer(question)
 
 
 def answer(question: Question, *, brief: bool = False) -> Plan:

@@ -196,6 +196,9 @@ class KnobRow(_Part):
     name: str
     kind: Literal["structural", "demand"]
     values: list[KnobValue]
+    """What the planner searches."""
+    unsearched: list[KnobValue]
+    """Values that may be set but are not searched."""
     default: KnobValue | None
     low: float | None
     high: float | None

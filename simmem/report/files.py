@@ -42,5 +42,9 @@ def check_writable(path: Path) -> None:
         raise SpecError("is a folder, expected a file to write", file=str(path))
     if path.exists() and not path.is_file():  # a rename would put a file in the place of, say, /dev/stdout
         raise SpecError("is not a regular file, so nothing is written to it", file=str(path))
-    if not os.access(path.parent, os.W_OK):
-        raise MachineError("cannot be written: the folder is read-only", file=str(path))
+    try:  # permission bits do not tell: not to root, not of a read-only or full disk
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        os.unlink(temporary)
+    except OSError as error:
+        raise MachineError(f"cannot be written: {error.strerror or error}", file=str(path)) from None

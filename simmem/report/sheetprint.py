@@ -211,7 +211,8 @@ def _print_policy(out: Console, sheet: PolicySheet) -> None:
     table = new_table("knob", "what it is", "values searched", "default", left=4)
     table.columns[0].no_wrap = True
     for knob in sheet.knobs:
-        limits = "" if knob.low is None or knob.high is None else f"\nany from {knob.low:g} to {knob.high:g}"
+        also = f"\nor {_values(knob.unsearched)}" if knob.unsearched else ""
+        limits = also if knob.low is None or knob.high is None else f"\nany from {knob.low:g} to {knob.high:g}"
         table.add_row(knob.name, f"{knob.help} ({knob.kind})", f"{_values(knob.values)}{limits}",
                       "searched" if knob.default is None else _value(knob.default))
     out.print(table)

@@ -142,5 +142,6 @@ def _policy_sheet(name: str) -> PolicySheet:
     return PolicySheet(
         name=policy.name, summary=policy.summary, uses_trace=policy.uses_trace,
         shown_for={"device": device.name, "model": model.name},
-        knobs=[KnobRow(name=k.name, kind=k.kind, values=list(k.values), default=k.default, low=k.low, high=k.high,
+        knobs=[KnobRow(name=k.name, kind=k.kind, values=list(k.values), unsearched=list(k.unsearched),
+                       default=k.default, low=k.low, high=k.high,
                        help=k.help) for k in policy.knobs(context)])

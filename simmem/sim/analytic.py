@@ -37,8 +37,9 @@ def analytic(schedule: Schedule, durations: Durations) -> AnalyticResult:
     n = schedule.n_candidates
     occupancy, latency = durations.occupancy_s, durations.latency_s
     present = schedule.present
-    everywhere = present.all(axis=1).tolist()
-    nowhere = (~present.any(axis=1)).tolist()
+    in_candidates = present.sum(axis=1)
+    everywhere = (in_candidates == n).tolist()
+    nowhere = (in_candidates == 0).tolist()
     waits = (latency != 0).any(axis=1).tolist()
     last_use = list(range(schedule.n_ops))
     for op, deps in enumerate(schedule.deps):

@@ -151,12 +151,13 @@ class _Run:
                 yield fluid.flow(k) if fluid else env.timeout(occupancy[k])
             self.free[op] = env.now
             if latency[k] > 0:
-                env.timeout(latency[k], value=op).callbacks.append(self._late)  # type: ignore[union-attr]
+                env.timeout(latency[k], value=op).callbacks.append(self._late)
             else:
                 self._finish(op)
 
     def _late(self, event: simpy.Event) -> None:
-        self._finish(event.value)
+        op: int = event.value  # type: ignore[assignment]
+        self._finish(op)
 
     def _finish(self, op: int) -> None:
         self.end[op] = self.env.now
@@ -236,7 +237,7 @@ class _Fluid:
             ends_in = one.work_s / speed
             if ends_in < soonest:
                 soonest = ends_in
-        self.env.timeout(max(soonest, 0.0), self.version).callbacks.append(self._wake)  # type: ignore[union-attr]
+        self.env.timeout(max(soonest, 0.0), self.version).callbacks.append(self._wake)
 
     def _wake(self, event: simpy.Event) -> None:
         if event.value != self.version:

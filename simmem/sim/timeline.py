@@ -37,7 +37,9 @@ class Timeline:
 
     @property
     def token_end_s(self) -> Array:
-        return self.end_s[list(self.schedule.token_ends)]
+        """End of each token, (n_tokens,); of everything where no op ends a token. [s]"""
+        ends = self.schedule.token_ends
+        return self.end_s[list(ends)] if ends else np.array([self.makespan_s])
 
     @property
     def token_s(self) -> float:
@@ -63,15 +65,14 @@ def critical_path(timeline: Timeline) -> dict[str, float]:
     before: list[int | None] = [None] * s.n_ops
     last: dict[int, int] = {}
     present = s.present[s.op_class, 0]
-    for op in range(s.n_ops):
-        if present[op]:
-            stream = int(s.op_stream[op])
-            before[op] = last.get(stream)
-            last[stream] = op
+    for each in np.flatnonzero(present).tolist():
+        stream = int(s.op_stream[each])
+        before[each] = last.get(stream)
+        last[stream] = each
     total = dict.fromkeys(BREAKDOWN, 0.0)
     begin = float(timeline.token_end_s[-2]) if len(s.token_ends) > 1 else 0.0
-    op: int | None = s.token_ends[-1]
-    at = float(timeline.end_s[op]) if op is not None else 0.0
+    op: int | None = s.token_ends[-1] if s.token_ends else int(np.argmax(timeline.end_s))
+    at = float(timeline.token_end_s[-1])
     start, free, end = timeline.start_s, timeline.free_s, timeline.end_s
     while op is not None and at > begin:
         opened = max(float(start[op]), begin)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
@@ -18,22 +18,26 @@ from simmem.spec.precision import matrix_bytes_per_param, vector_bytes_per_param
 __all__ = ["Architecture", "Model", "TensorGroup", "load_model"]
 
 
+Width = Annotated[int, Field(gt=0, le=1_000_000)]
+"""Wider than any model there is; what is absurd should fail as a specification, not as memory running out."""
+
+
 class Architecture(Frozen):
     """The shapes of a decoder, in the words of its configuration file."""
 
-    d_model: PositiveInt
-    n_layers: PositiveInt
-    n_heads: PositiveInt
-    n_kv_heads: PositiveInt
-    d_head: PositiveInt
-    d_ff: PositiveInt
-    vocab: PositiveInt
-    max_positions: PositiveInt
+    d_model: Width
+    n_layers: int = Field(gt=0, le=1000)
+    n_heads: Width
+    n_kv_heads: Width
+    d_head: Width
+    d_ff: Width
+    vocab: int = Field(gt=0, le=100_000_000)
+    max_positions: int = Field(gt=0, le=1_000_000_000)
     gated: bool
     """Gated FFN (gate, up, down) rather than (up, down)."""
     activation: str
-    learned_position_rows: int = Field(default=0, ge=0)
-    embedding_dim: PositiveInt | None = None
+    learned_position_rows: int = Field(default=0, ge=0, le=1_000_000_000)
+    embedding_dim: Width | None = None
     """Narrower embeddings, projected to d_model and back (OPT-350M)."""
     tied_head: bool = True
     head_bias: bool = False

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
-from pydantic import Field, PositiveInt, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from simmem.errors import SpecError
 from simmem.spec.base import Figure, Frozen, Kind, Ratio, load_toml, validate, weakest
@@ -82,7 +82,7 @@ class SyntheticSpec(Frozen):
     layer_profile_source: str = Field(default="not published: the same in every layer", min_length=4)
     statistics: tuple[Statistic, ...] = ()
     seed: int = Field(ge=0)
-    n_tokens: PositiveInt = 96
+    n_tokens: int = Field(default=96, gt=0, le=100_000)
     quality: Quality | None = None
 
     @field_validator("layer_profile")

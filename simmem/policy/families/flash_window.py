@@ -260,6 +260,16 @@ class FlashWindow:
             source=context.device.storage, depth=block.columns["reader_threads"].astype(np.float64),
             layer_stream_bytes=layer + ffn, head_stream_bytes=head, held_bytes={fast: self._fixed(context, block)}))
 
+    def _missing_for_next(self, context: Context, block: Block, window: int) -> tuple[int, float] | None:
+        """The next longer window that is searched and the bytes it lacks; None where it fits or there is none."""
+        longer = [k for k in WINDOWS if window < k <= context.table.max_window]
+        if not longer:
+            return None
+        fast = context.memory_of(str(block.structural["agent"]))
+        room = context.budget_bytes[fast] - float((self._fixed(context, block) + self._staging(context, block))[0])
+        need = float(context.table.held_units[:, :, longer[0]].max(axis=0).sum() * context.unit_bytes)
+        return (longer[0], need - room) if need > room else None
+
     # --- what to tell ---------------------------------------------------------------------------
 
     def placements(self, context: Context, block: Block) -> list[Placement]:
@@ -301,6 +311,14 @@ class FlashWindow:
         notes = []
         if not none and mean_window < knob:
             notes.append(f"the budget binds: the window shrinks from {knob} to {mean_window:.1f} tokens on average")
+        elif not none:
+            more = self._missing_for_next(context, block, knob)
+            if more is not None:
+                notes.append(f"the budget holds a window of {knob} tokens: {more[0]} would need {more[1]:.0f} more bytes")
+        ahead = int(block.structural["prefetch_layers"])
+        if ahead and not none:
+            notes.append(f"the predictor is asked {ahead} layer(s) early, so that reads overlap compute; what that costs "
+                         "it in recall was not measured")
         if block.structural["predictor"] == "oracle":
             notes.append("the trace's criterion is an oracle: no predictor knew these units before they were read, "
                          "so a real engine will be slower")
