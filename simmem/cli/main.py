@@ -31,9 +31,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     try:
         from simmem.cli.app import command
 
-        result = command().main(args=arguments, prog_name="simmem", standalone_mode=False)
-        code = result if isinstance(result, int) else 0
+        # Not its main(), which has exit codes and messages of its own for interruptions and closed pipes.
+        parsed = command()
+        with parsed.make_context("simmem", arguments) as context:
+            parsed.invoke(context)
         sys.stdout.flush()
+        code = 0
     except typer.Exit as stop:
         code = stop.exit_code
     except (KeyboardInterrupt, typer.Abort):

@@ -41,7 +41,7 @@ def lower_bound(context: Context) -> Bound:
     dense, ffn = _params(context)
     storage, link = context.storage_link
     room = sum(v for k, v in context.budget_bytes.items() if k != context.device.storage)
-    stored = (dense + ffn) * context.unit_bytes / context.model.unit_params
+    stored = (dense + ffn) * context.unit_bytes / context.unit_params
     reading = max(stored - room, 0.0) / link.rate.value
     if reading > best.token_latency_s:
         return Bound(token_latency_s=reading, resource=f"link.{storage}.rate")

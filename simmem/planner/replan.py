@@ -12,7 +12,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from simmem.cost.roofline import durations
-from simmem.errors import SpecError, TraceError
+from simmem.errors import SimmemError, SpecError, TraceError
 from simmem.planner.api import FINAL_ROWS, ask
 from simmem.planner.candidate import Candidate, blocks, contention_of, stratified_rows
 from simmem.planner.document import Percentiles, Plan
@@ -89,7 +89,11 @@ def resimulate(plan: Plan, tokens: int, background: Mapping[str, float] | None =
 
     background : resource ("memory.dram", "link.flash") → share other programs take, in [0, 1).
     """
-    candidate = candidate_of(plan, file=file)
+    try:
+        candidate = candidate_of(plan, file=file)
+    except SimmemError as error:  # a name or knob in the plan is wrong, so its file is
+        error.file = error.file or file
+        raise
     context = candidate.context
     contention = contention_of(context)
     for resource, share in (background or {}).items():

@@ -158,9 +158,8 @@ def _load_all() -> None:
     for module in pkgutil.iter_modules(package.__path__):
         if module.name.startswith("_"):
             continue
-        before = len(_REGISTRY)
-        importlib.import_module(f"{package.__name__}.{module.name}")
-        if len(_REGISTRY) == before:
+        found = importlib.import_module(f"{package.__name__}.{module.name}")
+        if not any(type(one).__module__ == found.__name__ for one in _REGISTRY.values()):
             raise SpecError(f"the policy module {module.name} registers nothing")
     from importlib.metadata import entry_points
 

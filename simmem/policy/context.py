@@ -47,6 +47,17 @@ class Replayed:
             self._runs[key] = run_table(self.trace, self.table.tokens[rows], self.table.max_window, gap_units)
         return self._runs[key]
 
+    @cached_property
+    def _widest(self) -> dict[int, int]:
+        return {}
+
+    def widest_read(self, gap_units: int) -> int:
+        """Most units that merged reads of one token in one layer span, whatever the cache holds."""
+        if gap_units not in self._widest:  # a closing grows with its set: nothing cached spans the most
+            _, spanned = run_table(self.trace, self.table.tokens, 0, gap_units)
+            self._widest[gap_units] = int(spanned.max())
+        return self._widest[gap_units]
+
 
 @dataclass(frozen=True)
 class Context:
@@ -100,9 +111,13 @@ class Context:
 
     @cached_property
     def layer_bytes(self) -> float:
-        """Attention and FFN weights of one layer. [B]"""
-        n = self.model.architecture.n_layers
-        return (self.group_bytes["attention"] + self.group_bytes["ffn"]) / n
+        """Attention, norm and FFN weights of one layer. [B]"""
+        return self.attention_bytes + self.group_bytes["ffn"] / self.model.architecture.n_layers
+
+    @cached_property
+    def attention_bytes(self) -> float:
+        """Attention and norm weights of one layer, its share of the final norm included. [B]"""
+        return (self.group_bytes["attention"] + self.group_bytes["norms"]) / self.model.architecture.n_layers
 
     @cached_property
     def head_bytes(self) -> float:
@@ -110,9 +125,23 @@ class Context:
         return self.group_bytes["embedding"] if self.model.architecture.tied_head else self.group_bytes["head"]
 
     @cached_property
+    def unit_matrices(self) -> int:
+        """Matrices a fetched unit has a row or column in; one less where the gate itself is the predictor."""
+        if self.trace is None:
+            return self.model.unit_matrices
+        header = self.trace.header
+        row_bytes = self.model.architecture.d_model * matrix_bytes_per_param(header.unit_precision)
+        return round(header.unit_bytes / row_bytes)
+
+    @cached_property
+    def unit_params(self) -> int:
+        """Parameters fetched with one FFN neuron."""
+        return self.unit_matrices * self.model.architecture.d_model
+
+    @cached_property
     def unit_bytes(self) -> float:
-        """Stored bytes of one FFN neuron. [B]"""
-        return self.model.unit_bytes(self.workload.weights)
+        """Stored bytes of what is fetched with one FFN neuron. [B]"""
+        return self.unit_params * matrix_bytes_per_param(self.workload.weights)
 
     def compute_bytes_per_param(self, agent: str) -> tuple[float, float]:
         """Bytes (matrix, vector) a parameter costs to read in the multiply on an agent. [B]"""
@@ -148,6 +177,11 @@ class Context:
         """See `Replayed.runs`."""
         assert self.replayed is not None
         return self.replayed.runs(rows, gap_units)
+
+    def widest_read(self, gap_units: int) -> int:
+        """See `Replayed.widest_read`."""
+        assert self.replayed is not None
+        return self.replayed.widest_read(gap_units)
 
     def agent(self, name: str) -> Agent:
         return self.device.agent[name]

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from simmem.policy.context import Context
 from simmem.schedule import DemandClass, OpKind, Phase, Schedule, ScheduleBuilder
 
-__all__ = ["STREAM_CHUNK_BYTES", "Demands", "UnitDemands", "decode_schedule", "prefill_schedule"]
+__all__ = ["STREAM_CHUNK_BYTES", "Demands", "UnitDemands", "decode_schedule", "prefill_schedule", "stream_requests"]
 
 Array = NDArray[np.float64]
 
@@ -68,6 +68,15 @@ class Demands:
     units: UnitDemands | None = None
     lookup_bytes: float = 0.0
     """Rows of an input embedding that stays in storage, read at the start of a token. [B]"""
+
+
+def stream_requests(n_bytes: Array) -> Array:
+    """Requests that read `n_bytes` in sequence: one, or as many chunks as they are.
+
+    Not rounded up: a second request that appears when one byte more is read would use the depth that one request
+    cannot, and reading more would be faster.
+    """
+    return np.where(n_bytes > 0, np.maximum(n_bytes / STREAM_CHUNK_BYTES, 1.0), 0.0)
 
 
 class _Ops:
@@ -129,8 +138,7 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
         return matrices * matrix + vectors * vector
 
     def reads(name: str, n_bytes: Array) -> list[tuple[int, str]]:
-        requests = np.ceil(n_bytes / STREAM_CHUNK_BYTES)
-        return ops.move(name, n_bytes, requests, ops.hops, n_bytes)
+        return ops.move(name, n_bytes, stream_requests(n_bytes), ops.hops, n_bytes)
 
     stream_layer = reads("weights", demands.layer_stream_bytes)
     stream_head = reads("head weights", demands.head_stream_bytes)
@@ -168,8 +176,8 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
                                       np.where(units.upkeep_bytes[layer] > 0, 2.0, 0.0)))
             rows = units.rows[layer]
             feed.append(ops.compute(
-                "ffn", OpKind.COMPUTE, agent, 2.0 * batch * rows * model.unit_params,
-                rows * model.unit_params * matrix + ffn_vectors * vector, ffn_kernels,
+                "ffn", OpKind.COMPUTE, agent, 2.0 * batch * rows * context.unit_params,
+                rows * context.unit_params * matrix + ffn_vectors * vector, ffn_kernels,
                 {ops.memory: demands.layer_stream_bytes + units.read_bytes[layer]}))
     e = a.embedding_dim or a.d_model
     head_matrices = a.vocab * e + (2 * e * a.d_model if e != a.d_model else 0)
@@ -182,7 +190,8 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
 
     builder, p = ops.builder, demands.prefetch
     computed: list[int] = []  # op that frees a stage's buffer, all tokens in one sequence
-    n_tokens = 2 if p and (demands.layer_stream_bytes.any() or demands.head_stream_bytes.any()) else 1
+    # Whether anything is streamed must not matter here: a candidate's schedule depends on no other's.
+    n_tokens = 2 if p else 1
     last: int | None = None
     n_stages = layers + 1
     fetched: dict[int, int] = {}  # stage number → op after which its streamed weights are there
@@ -261,7 +270,7 @@ def prefill_schedule(context: Context, demands: Demands) -> Schedule:
     kv = model.kv_bytes_per_token(workload.kv) / layers * n
 
     def reads(name: str, n_bytes: Array) -> list[tuple[int, str]]:
-        return ops.move(name, n_bytes, np.ceil(n_bytes / STREAM_CHUNK_BYTES), ops.hops, n_bytes)
+        return ops.move(name, n_bytes, stream_requests(n_bytes), ops.hops, n_bytes)
 
     stream_layer = reads("weights", demands.layer_stream_bytes)
     stream_head = reads("head weights", demands.head_stream_bytes)
@@ -279,11 +288,11 @@ def prefill_schedule(context: Context, demands: Demands) -> Schedule:
                        HEAD_KERNELS,
                        {ops.memory: demands.head_stream_bytes})
     builder = ops.builder
-    buffers = max(demands.prefetch, 1)
+    ahead = demands.prefetch
     computed: list[int] = []
     last: int | None = None
     for stage in range(layers + 1):
-        op = computed[stage - 1 - buffers] if stage - 1 - buffers >= 0 else None
+        op = computed[stage - 1 - ahead] if stage - 1 - ahead >= 0 else None
         for demand, stream in stream_head if stage == layers else stream_layer:
             op = builder.op(demand, stream, deps=[op], phase=Phase.PREFILL, layer=stage)
         if stage == layers:

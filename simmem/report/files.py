@@ -45,6 +45,6 @@ def check_writable(path: Path) -> None:
     try:  # permission bits do not tell: not to root, not of a read-only or full disk
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)
-        os.unlink(temporary)
+        Path(temporary).unlink()
     except OSError as error:
         raise MachineError(f"cannot be written: {error.strerror or error}", file=str(path)) from None

@@ -168,8 +168,8 @@ class Device(Frozen):
 
     @property
     def is_unified(self) -> bool:
-        """True where every agent computes out of one memory."""
-        return len({a.memory for a in self.agent.values()}) == 1
+        """True where every agent computes out of the memory that storage is read into."""
+        return all(a.memory == self.host for a in self.agent.values())
 
     @property
     def storage(self) -> str:

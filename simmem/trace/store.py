@@ -53,6 +53,7 @@ def save_trace(trace: Trace, path: str | os.PathLike[str]) -> None:
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         save_file({_TENSOR: np.ascontiguousarray(trace.active)}, temporary, metadata={_HEADER: text})
+        temporary.chmod(0o644)  # safetensors writes for the owner alone; a trace is there to be shared
         temporary.replace(path)
     except OSError as error:
         raise MachineError(f"cannot be written: {error.strerror or error}", file=str(path)) from None

@@ -31,28 +31,44 @@ def source_tier(context: Context, block: Block) -> str:
     return context.device.storage
 
 
+def resident_share(context: Context, block: Block) -> Array:
+    """Share of the weights that stays in the agent's memory, (n_candidates,); all where they need not move at all."""
+    if source_tier(context, block) == context.memory_of(str(block.structural["agent"])):
+        return np.ones(block.n_candidates)
+    given = block.columns.get("resident_ratio")
+    return np.ones(block.n_candidates) if given is None else given.astype(np.float64)
+
+
 def streamed(context: Context, ratio: Array) -> tuple[Array, Array]:
     """Bytes streamed per layer and for the head when `ratio` of the weights is resident. [B]"""
     return (1.0 - ratio) * context.layer_bytes, (1.0 - ratio) * context.head_bytes
 
 
+def _staging(context: Context, block: Block) -> Array:
+    """Buffers for the stages that are streamed ahead and the one that computes, (n_candidates,). [B]"""
+    layer, head = streamed(context, resident_share(context, block))
+    return np.asarray((int(block.structural.get("prefetch_layers", 0)) + 1) * np.maximum(layer, head))
+
+
+def _passes_host(context: Context, block: Block) -> bool:
+    """Whether what is streamed from storage has to be copied on from host memory."""
+    fast = context.memory_of(str(block.structural["agent"]))
+    return source_tier(context, block) == context.device.storage and fast != context.device.host
+
+
 def dense_demands(context: Context, block: Block, n_rows: int = 1) -> Demands:
     """Demands of a dense model with `resident_ratio` of its weights resident."""
-    def column(name: str, value: float) -> Array:
-        given = block.columns.get(name)
-        return np.repeat(np.full(block.n_candidates, value) if given is None else given.astype(np.float64), n_rows)
-
-    ratio = column("resident_ratio", 1.0)
-    layer, head = streamed(context, ratio)
+    layer, head = streamed(context, np.repeat(resident_share(context, block), n_rows))
+    depth = block.columns.get("reader_threads", np.ones(block.n_candidates)).astype(np.float64)
     agent = str(block.structural["agent"])
     held = {tier: np.repeat(amount, n_rows) for tier, amount in _held(context, block).items()}
     return Demands(agent=agent, prefetch=int(block.structural.get("prefetch_layers", 0)),
-                   source=source_tier(context, block), depth=column("reader_threads", 1.0),
+                   source=source_tier(context, block), depth=np.repeat(depth, n_rows),
                    layer_stream_bytes=layer, head_stream_bytes=head, held_bytes=held)
 
 
 def _held(context: Context, block: Block) -> dict[str, Array]:
-    ratio = block.columns.get("resident_ratio", np.ones(block.n_candidates)).astype(np.float64)
+    ratio = resident_share(context, block)
     fast = context.memory_of(str(block.structural["agent"]))
     held = {fast: ratio * context.total_bytes + context.kv_bytes + context.working_bytes}
     if source_tier(context, block) == context.device.host != fast:
@@ -63,23 +79,18 @@ def _held(context: Context, block: Block) -> dict[str, Array]:
 def dense_footprint(context: Context, block: Block) -> dict[str, Array]:
     """Held bytes and the staging buffers of streamed stages. [B]"""
     used = dict(_held(context, block))
-    ratio = block.columns.get("resident_ratio", np.ones(block.n_candidates)).astype(np.float64)
-    layer, head = streamed(context, ratio)
-    buffers = int(block.structural.get("prefetch_layers", 0)) + 1
-    staging = buffers * np.maximum(layer, head)
+    staging = _staging(context, block)
     fast = context.memory_of(str(block.structural["agent"]))
     used[fast] = used[fast] + staging
-    source = source_tier(context, block)
-    if source == context.device.storage and fast != context.device.host:
-        host = context.device.host
-        used[host] = used.get(host, np.zeros(block.n_candidates)) + staging
+    if _passes_host(context, block):
+        used[context.device.host] = staging
     used[context.device.storage] = np.full(block.n_candidates, context.total_bytes)
     return used
 
 
 def dense_placements(context: Context, block: Block) -> list[Placement]:
     """Where the weights, the keys and values and the buffers live, for one candidate."""
-    ratio = float(block.columns["resident_ratio"][0]) if "resident_ratio" in block.columns else 1.0
+    ratio = float(resident_share(context, block)[0])
     fast = context.memory_of(str(block.structural["agent"]))
     found = []
     if ratio > 0:
@@ -88,8 +99,10 @@ def dense_placements(context: Context, block: Block) -> list[Placement]:
         source = source_tier(context, block)
         found.append(Placement("weights, streamed share", source, (1.0 - ratio) * context.total_bytes,
                                loaded=source != context.device.storage))
-        used = dense_footprint(context, block)[fast][0] - _held(context, block)[fast][0]
-        found.append(Placement("staging buffers", fast, float(used)))
+        staging = float(_staging(context, block)[0])
+        found.append(Placement("staging buffers", fast, staging))
+        if _passes_host(context, block):
+            found.append(Placement("staging buffers", context.device.host, staging))
     found.append(Placement("keys and values", fast, context.kv_bytes))
     found.append(Placement("activations", fast, context.working_bytes))
     return found
@@ -97,9 +110,8 @@ def dense_placements(context: Context, block: Block) -> list[Placement]:
 
 def dense_report(context: Context, block: Block) -> dict[str, Any]:
     """A dense plan reads what it asks for, drops no work and computes every unit on its agent."""
-    ratio = float(block.columns["resident_ratio"][0]) if "resident_ratio" in block.columns else 1.0
     a = context.model.architecture
-    layer, head = streamed(context, np.array([ratio]))
+    layer, head = streamed(context, resident_share(context, block))
     from_storage = source_tier(context, block) == context.device.storage
     return {
         "requested_bytes": float(a.n_layers * layer[0] + head[0]) if from_storage else 0.0,

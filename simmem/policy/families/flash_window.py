@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from simmem.policy.base import Block, Knob, KnobValue, Placement, register
 from simmem.policy.context import Context
 from simmem.policy.families._dense import READER_THREADS, agent_knob
-from simmem.policy.layers import STREAM_CHUNK_BYTES, Demands, UnitDemands, decode_schedule, prefill_schedule
+from simmem.policy.layers import Demands, UnitDemands, decode_schedule, prefill_schedule
 from simmem.schedule import Schedule
 from simmem.trace.replay import shrink_to_capacity
 
@@ -86,19 +86,20 @@ class FlashWindow:
     # --- memory ---------------------------------------------------------------------------------
 
     def _fixed(self, context: Context, block: Block) -> Array:
-        """Everything in fast memory but the neuron cache and the buffers of units, (n_candidates,). [B]"""
+        """Everything in fast memory but the neuron cache and the read buffers, (n_candidates,). [B]"""
         share = block.columns["attention_resident"].astype(np.float64)
         dense = context.total_bytes - self._stored_bytes(context)
-        layer, head = self._streamed(context, block)
-        buffers = int(block.structural["prefetch_layers"]) + 1
         return np.asarray(share * dense + self._predictor_bytes(context, block) + context.kv_bytes
-                          + context.working_bytes + buffers * np.maximum(layer, head))
+                          + context.working_bytes)
 
     def _stored_bytes(self, context: Context) -> float:
         """What stays in storage whatever the knobs: FFN neurons, and an input embedding that nothing multiplies. [B]"""
-        units = context.unit_bytes * context.model.group("ffn").matrix_params / context.model.unit_params
         tied = context.model.architecture.tied_head
-        return units + (0.0 if tied else context.group_bytes["embedding"])
+        return self._neuron_bytes(context) + (0.0 if tied else context.group_bytes["embedding"])
+
+    def _neuron_bytes(self, context: Context) -> float:
+        """All FFN neurons. [B]"""
+        return context.unit_bytes * context.model.architecture.d_ff * context.model.architecture.n_layers
 
     def _lookup_bytes(self, context: Context) -> float:
         """One row of that embedding per sequence, rounded up to whole blocks. [B]"""
@@ -109,13 +110,18 @@ class FlashWindow:
         row = context.group_bytes["embedding"] / a.vocab
         return float(context.workload.batch * np.ceil(row / block_bytes) * block_bytes)
 
-    def _streamed(self, context: Context, block: Block) -> tuple[Array, Array]:
+    def _streamed(self, context: Context, block: Block, *, neurons: bool = False) -> tuple[Array, Array]:
+        """Bytes read in sequence per layer and for the head; with `neurons` the whole FFN too. [B]"""
         share = 1.0 - block.columns["attention_resident"].astype(np.float64)
-        layers = context.model.architecture.n_layers
-        return share * context.group_bytes["attention"] / layers, share * context.head_bytes
+        # What the FFN keeps beside its fetched neurons (a gate that predicts, biases) streams like attention.
+        beside = (context.group_bytes["ffn"] - self._neuron_bytes(context)) / context.model.architecture.n_layers
+        layer = share * (context.attention_bytes + beside)
+        if neurons or block.structural["predictor"] == "none":  # nothing is predicted, so everything is read
+            layer = layer + self._neuron_bytes(context) / context.model.architecture.n_layers
+        return layer, share * context.head_bytes
 
     def _predictor_bytes(self, context: Context, block: Block) -> float:
-        if block.structural["predictor"] in ("none", "oracle"):
+        if block.structural["predictor"] != "low-rank":  # a gate is part of the resident weights already
             return 0.0
         assert context.trace is not None
         return context.trace.header.predictor_params_share * context.total_bytes
@@ -124,18 +130,39 @@ class FlashWindow:
         """Bytes one read of a neuron occupies in the file, and reads a neuron takes."""
         link = context.storage_link[1]
         block_bytes = link.block.value if link.block else 1.0
-        parts = 1 if bundled else context.model.unit_matrices
+        parts = 1 if bundled else context.unit_matrices
         size = context.unit_bytes / parts
         return float(np.ceil(size / block_bytes) * block_bytes), parts
 
+    def _gap_units(self, context: Context, slot_bytes: float) -> int:
+        """Unused units between two reads that cost less to read than a second request."""
+        link = context.storage_link[1]
+        assert link.request_time is not None and link.request_rate is not None
+        return int(link.request_time.value * link.request_rate.value // slot_bytes)
+
     def _staging(self, context: Context, block: Block) -> Array:
-        """Buffers for one layer's new units, per layer that is ahead, (n_candidates,). [B]"""
-        # As many as a token can touch in one layer: where the budget binds, a token may find nothing cached.
-        everything = block.structural["predictor"] == "none"
-        worst = float(context.table.n_units if everything else context.table.active_units.max())
-        split, whole = (np.multiply(*self._slot_bytes(context, bundled)) for bundled in (False, True))
-        slots = np.where(block.columns["bundled"].astype(np.bool_), whole, split)
-        return np.asarray((int(block.structural["prefetch_layers"]) + 1) * worst * slots)
+        """Read buffers of a decode step, (n_candidates,): each stage that is ahead and the one that computes. [B]"""
+        stages = int(block.structural["prefetch_layers"]) + 1
+        layer, head = self._streamed(context, block)
+        buffers = stages * np.maximum(layer, head)
+        if block.structural["predictor"] != "none":
+            # As many as a token can touch in one layer: where the budget binds, a token may find nothing cached.
+            bundled, merged = (block.columns[k].astype(np.bool_) for k in ("bundled", "coalesce"))
+            for way in (True, False):
+                slot, parts = self._slot_bytes(context, way)
+                units = np.where(merged, context.widest_read(self._gap_units(context, slot)) if merged.any() else 0,
+                                 context.table.active_units.max())
+                buffers = buffers + np.where(bundled == way, stages * units * parts * slot, 0.0)
+        return np.asarray(buffers)
+
+    def _prefill_staging(self, context: Context, block: Block) -> Array:
+        """Read buffers of the prompt, which reads every layer whole, (n_candidates,). [B]"""
+        layer, head = self._streamed(context, block, neurons=True)
+        return np.asarray((int(block.structural["prefetch_layers"]) + 1) * np.maximum(layer, head))
+
+    def _buffers(self, context: Context, block: Block, rows_bytes: Array) -> Array:
+        """Read buffers, and what the prompt needs beyond them while the neuron cache is still empty. [B]"""
+        return np.maximum(self._staging(context, block), self._prefill_staging(context, block) - rows_bytes)
 
     def _cache(self, context: Context, block: Block) -> _Cache:
         """Replay every (window, room) pair that occurs in the block once."""
@@ -178,23 +205,22 @@ class FlashWindow:
 
     def footprint(self, context: Context, block: Block) -> dict[str, Array]:
         fast = context.memory_of(str(block.structural["agent"]))
-        staging = self._staging(context, block)
-        used = {fast: self._fixed(context, block) + staging + self._cache(context, block).rows_bytes,
+        rows_bytes = self._cache(context, block).rows_bytes
+        used = {fast: self._fixed(context, block) + self._buffers(context, block, rows_bytes) + rows_bytes,
                 context.device.storage: np.full(block.n_candidates, context.total_bytes)}
         if fast != context.device.host:
-            layer, head = self._streamed(context, block)
-            buffers = int(block.structural["prefetch_layers"]) + 1
-            used[context.device.host] = staging + buffers * np.maximum(layer, head)
+            used[context.device.host] = self._host_buffers(context, block)
         return used
+
+    def _host_buffers(self, context: Context, block: Block) -> Array:
+        """What passes through host memory on its way to a discrete GPU, (n_candidates,). [B]"""
+        decode = self._staging(context, block) + self._lookup_bytes(context)
+        return np.maximum(decode, self._prefill_staging(context, block))
 
     # --- demand ---------------------------------------------------------------------------------
 
     def _reads(self, context: Context, block: Block, cache: _Cache, rows: NDArray[np.int64]) -> tuple[Array, Array]:
         """Requests and bytes read, each (n_candidates, n_rows, n_layers)."""
-        link = context.storage_link[1]
-        assert link.request_time is not None and link.request_rate is not None
-        free_gap = link.request_time.value * link.request_rate.value
-        none = block.structural["predictor"] == "none"
         t, layers = np.arange(len(rows))[:, None], np.arange(cache.new_units.shape[2])[None, :]
         how = np.stack([cache.state, block.columns["bundled"].astype(np.int64),
                         block.columns["coalesce"].astype(np.int64)])
@@ -203,10 +229,8 @@ class FlashWindow:
         for state, bundled, coalesce in ways.T.tolist():
             slot, parts = self._slot_bytes(context, bool(bundled))
             units = cache.new_units[state][rows].astype(np.float64)
-            if none:
-                requests.append(np.ceil(units * parts * slot / STREAM_CHUNK_BYTES))
-            elif coalesce:
-                n_runs, spanned = context.runs(rows, int(free_gap // slot))
+            if coalesce:
+                n_runs, spanned = context.runs(rows, self._gap_units(context, slot))
                 pick = cache.window[state][rows]
                 requests.append(n_runs[t, layers, pick].astype(np.float64) * parts)
                 units = spanned[t, layers, pick].astype(np.float64)
@@ -217,48 +241,50 @@ class FlashWindow:
         return np.array(requests)[which], np.array(read)[which]
 
     def _demands(self, context: Context, block: Block, rows: NDArray[np.int64]) -> Demands:
+        n = len(rows)
+        layer, head = self._streamed(context, block)
+        fast = context.memory_of(str(block.structural["agent"]))
         cache = self._cache(context, block)
+        dense = block.structural["predictor"] == "none"
+        return Demands(
+            agent=str(block.structural["agent"]), prefetch=int(block.structural["prefetch_layers"]),
+            source=context.device.storage, depth=np.repeat(block.columns["reader_threads"].astype(np.float64), n),
+            layer_stream_bytes=np.repeat(layer, n), head_stream_bytes=np.repeat(head, n),
+            held_bytes={fast: np.repeat(self._fixed(context, block) + cache.rows_bytes, n)},
+            units=None if dense else self._unit_demands(context, block, cache, rows),
+            lookup_bytes=self._lookup_bytes(context))
+
+    def _unit_demands(self, context: Context, block: Block, cache: _Cache, rows: NDArray[np.int64]) -> UnitDemands:
         requests, read = self._reads(context, block, cache, rows)
         new = cache.new_units[:, rows].astype(np.float64)[cache.state]
         # A token multiplies at least what it uses, also where its units do not fit the cache.
         held = np.maximum(cache.held_units[:, rows], context.table.active_units[rows]).astype(np.float64)[cache.state]
-        kept = (block.columns["window_tokens"] > 0)[:, None, None] & (block.structural["predictor"] != "none")
+        kept = (block.columns["window_tokens"] > 0)[:, None, None]
 
         def columns(x: Array) -> Array:  # (candidates, rows, layers) → (layers, candidates × rows)
             return np.ascontiguousarray(x.transpose(2, 0, 1).reshape(x.shape[2], -1))
 
         new_bytes = new * context.unit_bytes
-        layer, head = self._streamed(context, block)
-        n = len(rows)
-        fast = context.memory_of(str(block.structural["agent"]))
         assert context.trace is not None
         params = 0.0
-        if block.structural["predictor"] not in ("none", "oracle"):
+        if block.structural["predictor"] != "oracle":
             params = (context.trace.header.predictor_params_share * context.model.params
                       / context.model.architecture.n_layers)
-        buffers = int(block.structural["prefetch_layers"]) + 1
-        held_bytes = self._fixed(context, block) - buffers * np.maximum(layer, head) + cache.rows_bytes
-        return Demands(
-            agent=str(block.structural["agent"]), prefetch=int(block.structural["prefetch_layers"]),
-            source=context.device.storage, depth=np.repeat(block.columns["reader_threads"].astype(np.float64), n),
-            layer_stream_bytes=np.repeat(layer, n), head_stream_bytes=np.repeat(head, n),
-            held_bytes={fast: np.repeat(held_bytes, n)}, lookup_bytes=self._lookup_bytes(context),
-            units=UnitDemands(
-                requests=columns(requests), read_bytes=columns(read),
-                upkeep_bytes=columns(np.where(kept, TRAFFIC_PER_NEW_BYTE * new_bytes, 0.0)), rows=columns(held),
-                predictor_params=params))
+        return UnitDemands(
+            requests=columns(requests), read_bytes=columns(read),
+            upkeep_bytes=columns(np.where(kept, TRAFFIC_PER_NEW_BYTE * new_bytes, 0.0)), rows=columns(held),
+            predictor_params=params)
 
     def decode(self, context: Context, block: Block, rows: NDArray[np.int64]) -> Schedule:
         return decode_schedule(context, self._demands(context, block, rows))
 
     def prefill(self, context: Context, block: Block) -> Schedule:
-        layer, head = self._streamed(context, block)
-        ffn = context.group_bytes["ffn"] / context.model.architecture.n_layers
+        layer, head = self._streamed(context, block, neurons=True)
         fast = context.memory_of(str(block.structural["agent"]))
         return prefill_schedule(context, Demands(
             agent=str(block.structural["agent"]), prefetch=int(block.structural["prefetch_layers"]),
             source=context.device.storage, depth=block.columns["reader_threads"].astype(np.float64),
-            layer_stream_bytes=layer + ffn, head_stream_bytes=head, held_bytes={fast: self._fixed(context, block)}))
+            layer_stream_bytes=layer, head_stream_bytes=head, held_bytes={fast: self._fixed(context, block)}))
 
     def _missing_for_next(self, context: Context, block: Block, window: int) -> tuple[int, float] | None:
         """The next longer window that is searched and the bytes it lacks; None where it fits or there is none."""
@@ -280,19 +306,18 @@ class FlashWindow:
         what = "embeddings, attention, norms" if context.model.architecture.tied_head else "attention, head, norms"
         far = "FFN neurons" if context.model.architecture.tied_head else "FFN neurons, input embedding"
         cache = self._cache(context, block)
-        layer, head = self._streamed(context, block)
-        buffers = int(block.structural["prefetch_layers"]) + 1
-        staging = float(self._staging(context, block)[0] + buffers * max(layer[0], head[0]))
         found = [
             Placement(what, fast, share * dense, loaded=True),
             Placement("attention and head, streamed share", context.device.storage, (1 - share) * dense),
             Placement("predictor", fast, self._predictor_bytes(context, block), loaded=True),
             Placement("FFN neurons, cached window", fast, float(cache.rows_bytes[0])),
             Placement(far, context.device.storage, stored),
-            Placement("read buffers", fast, staging),
+            Placement("read buffers", fast, float(self._buffers(context, block, cache.rows_bytes)[0])),
             Placement("keys and values", fast, context.kv_bytes),
             Placement("activations", fast, context.working_bytes),
         ]
+        if fast != context.device.host:
+            found.append(Placement("read buffers", context.device.host, float(self._host_buffers(context, block)[0])))
         return [p for p in found if p.bytes > 0]
 
     def report(self, context: Context, block: Block, rows: NDArray[np.int64]) -> dict[str, Any]:
@@ -302,10 +327,11 @@ class FlashWindow:
         none = block.structural["predictor"] == "none"
         new = cache.new_units[0][rows].sum(axis=1).astype(np.float64)
         asked = cache.new_units[0][rows].sum(axis=1) if none else context.table.active_units[rows].sum(axis=1)
-        layer, head = self._streamed(context, block)
+        layer, head = self._streamed(context, block)  # without a predictor these are all that is read
         a = context.model.architecture
         rows_bytes = 0.0 if a.tied_head else context.workload.batch * context.group_bytes["embedding"] / a.vocab
-        requested = float(new.mean() * context.unit_bytes + layer[0] * a.n_layers + head[0] + rows_bytes)
+        missed = 0.0 if none else float(new.mean() * context.unit_bytes)
+        requested = float(missed + layer[0] * a.n_layers + head[0] + rows_bytes)
         knob = int(block.columns["window_tokens"][0])
         mean_window = float(cache.window[0][rows].mean())
         notes = []
@@ -325,7 +351,7 @@ class FlashWindow:
         quality = trace.header.quality
         return {
             "requested_bytes": requested,
-            "cache": {"ffn": {"hit_ratio": float(1 - new.sum() / asked.sum()),
+            "cache": {"ffn": {"hit_ratio": float(1 - new.sum() / max(asked.sum(), 1)),
                               "bytes_per_token": float(new.mean() * context.unit_bytes)}},
             "active_share": {str(block.structural["agent"]): 1.0},
             "notes": notes,
