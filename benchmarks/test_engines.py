@@ -37,7 +37,7 @@ CLOSED_LOOP = f"simpy, {CLIENTS} clients"
 
 @pytest.fixture(scope="module")
 def case() -> tuple[Context, Policy, Block]:
-    """A real policy on a real context, every demand knob varied; nothing is prefetched, so the schedule is one token."""
+    """A real policy on a real context, every demand knob varied; without prefetch the schedule is one token."""
     question = ask("iphone15", "opt-6.7b", weights="int4")
     context, policy = question.context("int4"), policy_named("flash-window")
     held = {"prefetch_layers": 0, "predictor": "low-rank"}

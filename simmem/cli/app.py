@@ -9,7 +9,8 @@ import typer
 
 from simmem.errors import SpecError
 
-__all__ = ["app", "command"]
+__all__ = ["app", "capture", "command", "devices", "models", "plan", "policies", "replay", "reproduce", "schema",
+           "simulate", "traces"]
 
 app = typer.Typer(
     name="simmem", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
@@ -242,8 +243,10 @@ def policies(name: Name = None, as_json: Json = False) -> None:
 
 
 @app.command()
-def schema(name: Annotated[str | None, typer.Argument(help="plan, error, replay, reproduce, ...")] = None) -> None:
+def schema(name: Annotated[str | None, typer.Argument(help="plan, error, replay, reproduce, ...")] = None,
+           as_json: Json = False) -> None:
     """Print the JSON schemas of every document, or of one."""
+    del as_json  # it is JSON in any case
     from simmem.report.schema import print_schema
 
     print_schema(name)

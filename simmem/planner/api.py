@@ -8,6 +8,7 @@ bound) or a limit is reached, which `search_gap` states.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,6 +34,7 @@ from simmem.planner.explain import reasons
 from simmem.planner.predict import (
     activity_factors,
     alternative,
+    energy_j,
     memory_use,
     predict,
     prefill_seconds,
@@ -47,7 +49,7 @@ from simmem.spec.model import Model, load_model
 from simmem.spec.precision import PRECISIONS
 from simmem.spec.workload import Workload
 from simmem.trace import open_trace
-from simmem.units import parse_quantity
+from simmem.units import format_quantity, parse_quantity
 
 __all__ = ["Question", "ask", "plan", "search"]
 
@@ -171,7 +173,8 @@ def _budgets(device: Device, dram: str | float | None, vram: str | float | None)
             raise SpecError(f"found {given!r}, expected at least a byte", key=flag)
         capacity = device.memory[tiers[0]].capacity.value
         if amount > capacity:
-            raise SpecError(f"found {given!r}, but {device.name} has {capacity / 1e9:g} GB of it", key=flag)
+            raise SpecError(f"found {given!r}, but {device.name} has {format_quantity(capacity, 'bytes')} of it",
+                            key=flag)
         budget[tiers[0]] = amount
     return budget
 
@@ -184,6 +187,8 @@ class Found:
     ranked: tuple[Candidate, ...]
     binding_tier: str | None
     missing_bytes: float
+    pruned_s: float = float("inf")
+    """What was left out because a bound said so could not be faster than this. [s]"""
 
 
 def search(question: Question, weights: str) -> Found:
@@ -191,14 +196,17 @@ def search(question: Question, weights: str) -> Found:
     context = question.context(weights)
     ranked: list[Candidate] = []
     nearest: tuple[float, str] | None = None
-    floor = {name: agent_bound(context, name).token_latency_s for name in context.device.agent}
-    fastest = float("inf")
+    floor = {name: agent_bound(context, name, any_token=True).token_latency_s for name in context.device.agent}
+    fastest = pruned = float("inf")
     for name in question.policy_names:
         policy = policy_named(name)
         pool: list[Candidate] = []
         for block in blocks(policy, context, question.fixed, defaults=question.defaults):
-            # Nothing this agent could do is as fast as what was already found: the whole block is out.
-            if question.objective == "latency" and floor[str(block.structural["agent"])] > fastest:
+            # Nothing this agent could do is as fast as what was already found: the whole block is out. Sharing may
+            # make what was found slower than the bound, so the proof has to know where the cut was.
+            least = floor[str(block.structural["agent"])]
+            if question.objective == "latency" and least > fastest:
+                pruned = min(pruned, least)
                 continue
             cut = capacity_cut(policy, context, block)
             if not cut.fits.any():
@@ -217,7 +225,7 @@ def search(question: Question, weights: str) -> Found:
         fastest = min([fastest, *(c.score_s for c in scored)])
         ranked += scored
     ranked.sort(key=lambda c: c.score_s)
-    return Found(context, tuple(ranked), nearest[1] if nearest else None, nearest[0] if nearest else 0.0)
+    return Found(context, tuple(ranked), nearest[1] if nearest else None, nearest[0] if nearest else 0.0, pruned)
 
 
 def _thin(pool: list[Candidate]) -> list[Candidate]:
@@ -257,35 +265,50 @@ def _objective_value(candidate: Candidate, objective: str) -> tuple[float, float
     if objective == "throughput":
         n = workload.new_tokens
         return (prefill_seconds(candidate) + (n - 1) * candidate.score_s) / (workload.batch * n), candidate.score_s
-    energy = predict(candidate, np.zeros(1, dtype=np.int64)).energy_j_per_token
+    rows = stratified_rows(candidate.context, candidate.policy, SCORING_ROWS)
+    energy = energy_j(candidate.context.device, candidate.policy.decode(candidate.context, candidate.block, rows),
+                      candidate.score_s)
     if energy is None:
         raise SpecError(f"{candidate.context.device.name} has no sourced energy figures for every part of the plan",
                         key="--objective")
     return energy, candidate.score_s
 
 
-def _prove(ranked: Sequence[Candidate]) -> tuple[Candidate, float]:
-    """The fastest by the event engine, and the share by which an unrun candidate could still be faster."""
-    best: tuple[float, Candidate] | None = None
+def _prove(ranked: Sequence[Candidate], pruned_s: float = float("inf")) -> tuple[Candidate, float]:
+    """The fastest by the event engine, and the share by which one it did not run could still be faster.
+
+    ranked : ascending in their analytic score, a lower bound on the scoring tokens.
+    pruned_s : a lower bound on everything the search left out. [s]
+    """
+    seconds, best, unrun_s = float("inf"), ranked[0], float("inf")
     for index, candidate in enumerate(ranked):
-        if best is not None and candidate.score_s >= best[0] * (1 - 1e-12):
-            return _simplest(best[1], ranked), 0.0
+        if candidate.score_s >= seconds * (1 - 1e-12):
+            break
         if index == EVENT_LIMIT:
-            assert best is not None
-            return best[1], 1.0 - candidate.score_s / best[0]
-        rows = stratified_rows(candidate.context, candidate.policy, SCORING_ROWS)
-        seconds = token_seconds(candidate, rows)
-        if best is None or seconds < best[0]:
-            best = (seconds, candidate)
-    assert best is not None
-    return _simplest(best[1], ranked), 0.0
+            unrun_s = candidate.score_s
+            break
+        took = _event_seconds(candidate)
+        if took < seconds:
+            seconds, best = took, candidate
+    return _simplest(best, seconds, ranked), max(1.0 - min(unrun_s, pruned_s) / seconds, 0.0)
 
 
-def _simplest(best: Candidate, ranked: Sequence[Candidate]) -> Candidate:
-    """Where others are as fast to a millionth, the policy that moves least (resident before stream)."""
-    ties = [c for c in ranked if c.score_s <= best.score_s * (1 + 1e-6) and c.context is best.context]
-    return min([best, *ties], key=lambda c: (SIMPLICITY.index(c.policy.name) if c.policy.name in SIMPLICITY
-                                             else len(SIMPLICITY), c is not best))
+def _event_seconds(candidate: Candidate) -> float:
+    """Mean latency of the scoring tokens by the event engine. [s]"""
+    return token_seconds(candidate, stratified_rows(candidate.context, candidate.policy, SCORING_ROWS))
+
+
+def _simplest(best: Candidate, seconds: float, ranked: Sequence[Candidate]) -> Candidate:
+    """The policy that moves least (resident before stream) where it is as fast as the best to a millionth."""
+    limit = seconds * (1 + 1e-6)
+    for name in SIMPLICITY:
+        if name == best.policy.name:
+            break
+        tie = next((c for c in ranked if c.policy.name == name and c.context is best.context
+                    and c.score_s <= limit), None)
+        if tie is not None and _event_seconds(tie) <= limit:
+            return tie
+    return best
 
 
 def plan(
@@ -333,19 +356,19 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
     found = [search(question, p) for p in question.precisions]
     if not any(f.ranked for f in found):
         f = min(found, key=lambda f: f.missing_bytes)
+        missing = float(math.ceil(f.missing_bytes))  # budgets are whole bytes
         if f.binding_tier is None:
             raise SpecError(f"{' and '.join(question.policy_names)} cannot plan {question.model.name} without a trace "
                             "of its activity; name one with --trace", key="--policy")
         raise InfeasiblePlanError(
-            f"nothing fits: {question.model.name} on {question.device.name} needs {f.missing_bytes:.0f} more bytes of "
+            f"nothing fits: {question.model.name} on {question.device.name} needs {missing:.0f} more bytes of "
             f"{f.binding_tier} than the {f.context.budget_bytes[f.binding_tier]:.0f} allowed, in the smallest plan "
-            f"found ({f.context.workload.weights})", tier=f.binding_tier, missing_bytes=f.missing_bytes)
+            f"found ({f.context.workload.weights})", tier=f.binding_tier, missing_bytes=missing)
     ranked = [c for f in found for c in f.ranked]
     if question.objective == "latency":
-        best, gap = _prove(sorted(ranked, key=lambda c: c.score_s))
+        best, gap = _prove(sorted(ranked, key=lambda c: c.score_s), min(f.pruned_s for f in found))
     else:
-        leaders = [c for f in found for c in f.ranked[: 2 * SURVIVORS]]
-        best, gap = min(leaders, key=lambda c: _objective_value(c, question.objective)), float("nan")
+        best, gap = min(ranked, key=lambda c: _objective_value(c, question.objective)), float("nan")
     context = best.context
     rows = stratified_rows(context, best.policy, FINAL_ROWS)
     few = stratified_rows(context, best.policy, SCORING_ROWS)
@@ -364,7 +387,8 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
         baselines=_baselines(question, same, best, predicted.token_latency_s),
         sensitivity=[] if brief else _sensitivities(question, best, stratified_rows(context, best.policy, SIDE_ROWS)),
         alternatives=[] if brief else [alternative(c, _some(c)) for c in (
-            _simplest(f.ranked[0], f.ranked) for f in found if f.context is not context and f.ranked)],
+            _simplest(f.ranked[0], _event_seconds(f.ranked[0]), f.ranked)
+            for f in found if f.context is not context and f.ranked)],
         pareto=[] if brief else [alternative(c, _some(c)) for c in _front(ranked)],
         evidence=Evidence(engine="events", weakest_kind=str(weakest_kind(
             context, agent, uses_trace=best.policy.uses_trace)), cost_model="roofline",

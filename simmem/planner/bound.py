@@ -14,18 +14,21 @@ from simmem.policy.context import Context
 __all__ = ["agent_bound", "lower_bound"]
 
 
-def _params(context: Context) -> tuple[float, float]:
-    """Matrix parameters a token multiplies: (always, active share of the FFN)."""
+def _params(context: Context, *, any_token: bool = False) -> tuple[float, float]:
+    """Matrix parameters a token multiplies: (always, active share of the FFN), on average or of the least active."""
     model, a = context.model, context.model.architecture
-    active = 1.0 if context.trace is None else float(context.table.active_units.mean() / context.table.n_units)
+    active = 1.0
+    if context.trace is not None:
+        by_token = context.table.active_units.mean(axis=1) / context.table.n_units
+        active = float(by_token.min() if any_token else by_token.mean())
     e = a.embedding_dim or a.d_model
     return model.group("attention").matrix_params + a.vocab * e, model.group("ffn").matrix_params * active
 
 
-def agent_bound(context: Context, name: str) -> Bound:
-    """The same for one agent: its memory or its arithmetic, whichever is slower."""
+def agent_bound(context: Context, name: str, *, any_token: bool = False) -> Bound:
+    """The same for one agent: its memory or its arithmetic, whichever is slower; with `any_token` below every token."""
     workload, agent = context.workload, context.device.agent[name]
-    dense, ffn = _params(context)
+    dense, ffn = _params(context, any_token=any_token)
     matrix, _ = context.compute_bytes_per_param(name)
     kv = context.model.kv_bytes_per_token(workload.kv) * workload.mean_decode_context * workload.batch
     moving = ((dense + ffn) * matrix + kv) / (agent.rate.value * agent.rate_share.value)

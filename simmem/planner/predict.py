@@ -18,15 +18,17 @@ from simmem.planner.document import (
     QualityCost,
 )
 from simmem.planner.uncertainty import TRACE_STREAM, curve_factors, draws, spread
-from simmem.schedule import Durations
+from simmem.schedule import Durations, Schedule
 from simmem.sim.analytic import analytic
 from simmem.sim.events import events
 from simmem.sim.timeline import BREAKDOWN, Timeline, critical_path
+from simmem.spec.device import Device
 
 __all__ = [
     "activity_factors",
     "alternative",
     "column_of",
+    "energy_j",
     "interval_factors",
     "load_seconds",
     "memory_use",
@@ -153,7 +155,7 @@ def predict(candidate: Candidate, rows: NDArray[np.int64], *, interval_rows: NDA
         bytes_written_per_token=0.0,
         cache={k: CacheUse(**v) for k, v in report["cache"].items()},
         active_share=report["active_share"],
-        energy_j_per_token=_energy(candidate, runs, mean),
+        energy_j_per_token=_mean_energy([energy_j(context.device, t.schedule, mean) for t in runs]),
     )
 
 
@@ -163,28 +165,34 @@ def _requests(run: Timeline, link: str) -> float:
     return float(sum(uses[k] * s.requests[k, 0] for k, c in enumerate(s.classes) if c.link == link))
 
 
-def _energy(candidate: Candidate, runs: list[Timeline], token_s: float) -> float | None:
-    """Σ bytes·J/byte + Σ flop·J/flop + idle power·time; None where a figure has no source. [J]"""
-    device = candidate.context.device
+def _mean_energy(tokens_j: list[float | None]) -> float | None:
+    known = [j for j in tokens_j if j is not None]
+    return float(np.mean(known)) if len(known) == len(tokens_j) else None
+
+
+def energy_j(device: Device, schedule: Schedule, token_s: float) -> float | None:
+    """Σ bytes·J/byte + Σ flop·J/flop + idle power·time of a timed token; None where a figure has no source. [J]
+
+    schedule : its columns are tokens, which are averaged.
+    """
     if device.idle is None:
         return None
     total = device.idle.value * token_s
-    for run in runs:
-        s = run.schedule
-        uses = np.bincount(s.op_class[s.timed], minlength=len(s.classes))
-        for resource, amount in s.timed_bytes.items():
-            what, name = resource.split(".", 1)
-            figure = (device.link[name] if what == "link" else device.memory[name]).energy_per_byte
-            if amount[0] > 0 and figure is None:
+    for resource, amount in schedule.timed_bytes.items():
+        what, name = resource.split(".", 1)
+        figure = (device.link[name] if what == "link" else device.memory[name]).energy_per_byte
+        if amount.any():
+            if figure is None:
                 return None
-            total += float(amount[0]) * figure.value / len(runs) if figure else 0.0
-        for k, c in enumerate(s.classes):
-            flop = float(uses[k] * s.flop[k, 0])
-            if flop > 0:
-                per_flop = device.agent[str(c.agent)].energy_per_flop
-                if per_flop is None:
-                    return None
-                total += flop * per_flop.value / len(runs)
+            total += float(amount.mean()) * figure.value
+    uses = np.bincount(schedule.op_class[schedule.timed], minlength=len(schedule.classes))
+    for k, c in enumerate(schedule.classes):
+        flop = float(uses[k] * schedule.flop[k].mean())
+        if flop > 0:
+            per_flop = device.agent[str(c.agent)].energy_per_flop
+            if per_flop is None:
+                return None
+            total += flop * per_flop.value
     return total
 
 

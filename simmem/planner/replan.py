@@ -22,7 +22,7 @@ from simmem.sim.events import events
 from simmem.sim.timeline import BREAKDOWN, Timeline, critical_path, occupancy
 from simmem.spec.base import validate
 
-__all__ = ["Simulation", "read_plan", "resimulate"]
+__all__ = ["Simulation", "candidate_of", "read_plan", "resimulate"]
 
 MAX_PLAN_BYTES = 16 << 20
 

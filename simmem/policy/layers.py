@@ -12,6 +12,7 @@ layer itself, as in LLM in a flash, §3.1).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -32,6 +33,9 @@ ATTENTION_KERNELS = 8
 """norm, q, k, v, position, attention, output, residual: what a plain decoder launches. [kernels]"""
 FFN_KERNELS = 5
 """norm, up, activation, down, residual; a gated FFN launches two more (gate, product). [kernels]"""
+
+WARM_UP = 4
+"""Pipeline depths that pass before the timed step; 8 and 16 gave the same on random models. [pipeline depths]"""
 
 HEAD_KERNELS = 3
 """norm, output projection, sampling. [kernels]"""
@@ -122,8 +126,8 @@ class _Ops:
 def decode_schedule(context: Context, demands: Demands) -> Schedule:
     """Ops of a decode step in steady state.
 
-    With prefetch the reads of a step begin during the one before, so the schedule holds two
-    steps and times the second.
+    With prefetch the reads of a step begin during the one before, so the schedule holds at least
+    two steps and times the last.
     """
     model, workload = context.model, context.workload
     a, batch, agent = model.architecture, workload.batch, demands.agent
@@ -190,15 +194,19 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
 
     builder, p = ops.builder, demands.prefetch
     computed: list[int] = []  # op that frees a stage's buffer, all tokens in one sequence
-    # Whether anything is streamed must not matter here: a candidate's schedule depends on no other's.
-    n_tokens = 2 if p else 1
     last: int | None = None
     n_stages = layers + 1
+    # Enough steps for the pipeline to fill: one before the timed one, more where the model is short for its prefetch.
+    # Whether anything is streamed must not matter here: a candidate's schedule depends on no other's.
+    n_tokens = 1 + max(1, math.ceil(WARM_UP * (p + 1) / n_stages)) if p else 1
     fetched: dict[int, int] = {}  # stage number → op after which its streamed weights are there
 
     def fetch(stage: int) -> None:
-        """Issue the read of a stage once its buffer's last user stands in the program."""
-        if stage in fetched or stage >= n_tokens * n_stages:
+        """Issue the read of a stage once its buffer's last user stands in the program.
+
+        Those of the step after the timed one are issued too: they are in the way of its other reads.
+        """
+        if stage in fetched:
             return
         where = stage % n_stages
         moves = stream_head if where == layers else stream_layer

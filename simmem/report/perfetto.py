@@ -47,5 +47,10 @@ def chrome_trace(timelines: Sequence[Timeline], title: str) -> str:
                     events.append({"ph": "C", "pid": 1, "name": f"held in {tier}", "args": {"bytes": float(v)},
                                    "ts": (offset_s + float(t) - begin_s) * MICROSECONDS})
         offset_s += float(ends[-1]) - begin_s
+    # Reads for the first token may have begun before the one it follows ended; times start at the first of them.
+    early_us = min((float(e["ts"]) for e in events if e["ph"] == "X"), default=0.0)  # type: ignore[arg-type]
+    for event in events:
+        if "ts" in event and early_us < 0:
+            event["ts"] = float(event["ts"]) - early_us  # type: ignore[arg-type]
     events.sort(key=lambda e: float(e.get("ts", -1.0)))  # type: ignore[arg-type]
     return json.dumps({"displayTimeUnit": "ms", "traceEvents": events, "otherData": {"title": title}})

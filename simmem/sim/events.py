@@ -97,7 +97,7 @@ def events(schedule: Schedule, durations: Durations, contention: Contention | No
         ops = [o for o in run.program if run.stream[o] == stream]
         if ops:
             run.env.process(run.serve(schedule.streams[stream], ops))
-    run.env.run()
+    run.to_the_end()
     return Timeline(schedule, *run.times(), engine="events" if not shared else "events, shared")
 
 
@@ -155,6 +155,17 @@ class _Run:
             else:
                 self._finish(op)
 
+    def to_the_end(self) -> None:
+        """Run until nothing is left to happen; speeds settle once per instant, before time moves on."""
+        env, fluid = self.env, self.fluid
+        if fluid is None:
+            env.run()
+            return
+        while env.peek() < float("inf"):
+            env.step()
+            if fluid.changed and env.peek() > env.now:
+                fluid.settle()
+
     def _late(self, event: simpy.Event) -> None:
         op: int = event.value  # type: ignore[assignment]
         self._finish(op)
@@ -195,6 +206,8 @@ class _Fluid:
         self.flows: list[_Flow] = []
         self.at = 0.0
         self.version = 0
+        self.changed = False
+        """Flows began or ended at this instant, so that speeds are to settle before time moves on."""
         self.occupancy = occupancy
         self.agent = [c.agent for c in schedule.classes]
         self.available = {r: contention.available(r) for r in contention.capacity_bytes_per_s}
@@ -210,7 +223,7 @@ class _Fluid:
         self._advance()
         one = _Flow(self.occupancy[k], k, self.env.event())
         self.flows.append(one)
-        self._reschedule()
+        self.changed = True
         return one.done
 
     def _advance(self) -> None:
@@ -221,7 +234,9 @@ class _Fluid:
             for one in self.flows:
                 one.work_s -= passed * one.speed
 
-    def _reschedule(self) -> None:
+    def settle(self) -> None:
+        """Give every flow its speed, and wake when the first of them ends."""
+        self.changed = False
         self.version += 1
         flows = self.flows
         if not flows:
@@ -240,7 +255,7 @@ class _Fluid:
         self.env.timeout(max(soonest, 0.0), self.version).callbacks.append(self._wake)
 
     def _wake(self, event: simpy.Event) -> None:
-        if event.value != self.version:
+        if self.changed or event.value != self.version:
             return
         self._advance()
         nothing = _FINISHED * self.env.now
@@ -252,7 +267,7 @@ class _Fluid:
             self.flows.remove(ended[0])
         for one in ended:
             one.done.succeed()
-        self._reschedule()
+        self.changed = True
 
     def _caps(self, together: tuple[int, ...]) -> list[float]:
         """The largest speed that measured interference leaves each of the classes that flow together."""

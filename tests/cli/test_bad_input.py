@@ -163,8 +163,8 @@ def knob(title: str, policy: str, settings: tuple[str, ...], key: str, *says: st
     return Case(f"knob: {title}", (*PLAN, *(("--policy", policy) if policy else ()), *given), key=key, says=says)
 
 
-def unknown(title: str, *arguments: str, close: str, key: str | None = None, has_json: bool = True) -> Case:
-    return Case(f"unknown {title}", arguments, kind="UnknownNameError", says=(close,), key=key, has_json=has_json)
+def unknown(title: str, *arguments: str, close: str, key: str | None = None) -> Case:
+    return Case(f"unknown {title}", arguments, kind="UnknownNameError", says=(close,), key=key)
 
 
 def option(title: str, arguments: tuple[str, ...], key: str | None, *says: str, kind: str = "SpecError",
@@ -187,7 +187,7 @@ CASES = [
     unknown("model to show", "models", "phi-3", close="phi-2"),
     unknown("trace to show", "traces", "phi-2-publishd", close="phi-2-published"),
     unknown("policy to show", "policies", "resident2", close="did you mean resident"),
-    unknown("schema", "schema", "plann", close="did you mean plan", has_json=False),
+    unknown("schema", "schema", "plann", close="did you mean plan"),
     unknown("reference set", "reproduce", "llm-in-a-flsh", close="did you mean llm-in-a-flash"),
     unknown("engine", "plan", "--device", "m1-max", "--model", "opt-6.7b", "--engine", "llm-in-a-flsh", key="--engine",
             close="did you mean llm-in-a-flash"),
