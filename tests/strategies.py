@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from hypothesis import settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
@@ -27,6 +28,9 @@ from simmem.spec.workload import Workload
 from simmem.trace.trace import Quality, Trace, TraceHeader, digest_of
 
 Array = NDArray[np.float64]
+
+MANY = settings(max_examples=max(150, settings.default.max_examples if settings.default else 0))
+"""For laws whose examples are cheap."""
 
 UNITS = {"capacity": "B", "reserved": "B", "rate": "B/s", "request_rate": "B/s", "block": "B", "latency": "s",
          "request_time": "s", "op_overhead": "s", "step_overhead": "s", "energy_per_byte": "J/B",
@@ -171,7 +175,7 @@ def contexts(draw: st.DrawFn, *, trace: bool = True, energy: bool = False) -> Co
 def rich(context: Context) -> Context:
     """The same with room for everything."""
     return Context(context.device, context.model, context.workload, context.replayed,
-                   {k: 1e15 for k in context.budget_bytes})
+                   dict.fromkeys(context.budget_bytes, 1e15))
 
 
 @st.composite

@@ -86,7 +86,8 @@ def _move_s(schedule: Schedule, index: int, name: str, device: Device, factors: 
     if name not in device.link:
         raise SpecError(f"device {device.name} has no link {name!r}")
     link = device.link[name]
-    n_bytes = schedule.bytes[f"link.{name}"][index]
+    moved = schedule.bytes.get(f"link.{name}")
+    n_bytes = np.zeros(schedule.n_candidates) if moved is None else moved[index]
     requests = schedule.requests[index]
     if link.kind == "copy":
         rate = link.rate.value * _factor(factors, f"link.{name}.rate")

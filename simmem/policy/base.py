@@ -69,9 +69,9 @@ class Knob:
                 raise SpecError(f"found {given!r}, expected a finite number", key=self.name)
             if isinstance(wanted, int) and number != int(number):
                 raise SpecError(f"found {given!r}, expected a whole number", key=self.name)
-            if not (self.low if self.low is not None else -1e300) <= number <= (
-                    self.high if self.high is not None else 1e300):
-                raise SpecError(f"found {given!r}, expected a value from {self.low:g} to {self.high:g}", key=self.name)
+            low, high = (end if v is None else v for v, end in ((self.low, -math.inf), (self.high, math.inf)))
+            if not low <= number <= high:
+                raise SpecError(f"found {given!r}, expected a value from {low:g} to {high:g}", key=self.name)
             value = int(number) if isinstance(wanted, int) else number
         else:
             allowed = (*self.values, *self.unsearched)

@@ -339,7 +339,7 @@ def _equal(a: Schedule, b: Schedule) -> bool:
     tables = [(a.bytes, b.bytes), (a.acquire_bytes, b.acquire_bytes), (a.release_bytes, b.release_bytes),
               (a.held_bytes, b.held_bytes)]
     return ((a.streams, a.classes, a.deps, a.token_ends) == (b.streams, b.classes, b.deps, b.token_ends)
-            and all(np.array_equal(x, y) for x, y in (
+            and all(np.array_equal(x, y, equal_nan=True) for x, y in (
                 (a.op_class, b.op_class), (a.op_stream, b.op_stream), (a.flop, b.flop), (a.requests, b.requests),
                 (a.depth, b.depth)))
-            and all(set(x) == set(y) and all(np.array_equal(x[k], y[k]) for k in x) for x, y in tables))
+            and all(set(x) == set(y) and all(np.array_equal(x[k], y[k], equal_nan=True) for k in x) for x, y in tables))

@@ -37,14 +37,15 @@ class Replayed:
         return window_table(self.trace, min(MAX_WINDOW, self.trace.header.n_tokens // 3))
 
     @cached_property
-    def _runs(self) -> dict[tuple[int, tuple[int, ...]], tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    def _runs(self) -> dict[tuple[int, int, tuple[int, ...]], tuple[NDArray[np.int64], NDArray[np.int64]]]:
         return {}
 
-    def runs(self, rows: NDArray[np.int64], gap_units: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(requests, units read) of merged reads for table rows; each (n_rows, n_layers, window + 1)."""
-        key = (gap_units, tuple(rows.tolist()))
+    def runs(self, rows: NDArray[np.int64], gap_units: int, longest: int
+             ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """(requests, units read) of merged reads for table rows; each (n_rows, n_layers, longest + 1)."""
+        key = (gap_units, longest, tuple(rows.tolist()))
         if key not in self._runs:
-            self._runs[key] = run_table(self.trace, self.table.tokens[rows], self.table.max_window, gap_units)
+            self._runs[key] = run_table(self.trace, self.table.tokens[rows], longest, gap_units)
         return self._runs[key]
 
     @cached_property
@@ -173,10 +174,11 @@ class Context:
         assert self.replayed is not None
         return self.replayed.table
 
-    def runs(self, rows: NDArray[np.int64], gap_units: int) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    def runs(self, rows: NDArray[np.int64], gap_units: int, longest: int
+             ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """See `Replayed.runs`."""
         assert self.replayed is not None
-        return self.replayed.runs(rows, gap_units)
+        return self.replayed.runs(rows, gap_units, longest)
 
     def widest_read(self, gap_units: int) -> int:
         """See `Replayed.widest_read`."""

@@ -35,7 +35,7 @@ FFN_KERNELS = 5
 """norm, up, activation, down, residual; a gated FFN launches two more (gate, product). [kernels]"""
 
 WARM_UP = 4
-"""Pipeline depths that pass before the timed step; 8 and 16 gave the same on random models. [pipeline depths]"""
+"""Stages, in pipeline depths, that pass before the timed step: a test compares with very many."""
 
 HEAD_KERNELS = 3
 """norm, output projection, sampling. [kernels]"""

@@ -89,7 +89,9 @@ class FfnHooks:
                 assert self._gate is not None  # its hook ran in this layer's activation
                 score, self._gate = self._gate.abs(), None
             else:
-                score = h.abs() if norms is None else h.abs() * norms
+                score = h.abs()
+                if norms is not None:
+                    score *= norms
             if self._on_scores is not None:
                 self._on_scores(layer, score.reshape(-1, score.shape[-1]).numpy())
             if self._thresholds is None:
@@ -97,6 +99,7 @@ class FfnHooks:
             mask = score > self._thresholds[layer]
             if self._on_mask is not None:
                 self._on_mask(layer, mask.reshape(-1, mask.shape[-1]).numpy())
-            return (h * mask, *inputs[1:])  # a product, not a select: NaN stays visible
+            # In place, as the layer made h for this product alone; a product, not a select: NaN stays visible.
+            return (h.mul_(mask), *inputs[1:])
 
         return hook

@@ -1,0 +1,302 @@
+"""Does the search find what trying everything would, and does it say so when it does not know?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from unittest.mock import patch
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from simmem.errors import InfeasiblePlanError, SpecError
+from simmem.planner import api
+from simmem.planner import candidate as candidate_module
+from simmem.planner.api import Question, answer
+from simmem.planner.bound import lower_bound
+from simmem.planner.candidate import Candidate, blocks, capacity_cut, stratified_rows
+from simmem.planner.document import Plan
+from simmem.planner.predict import energy_j, prefill_seconds, token_seconds
+from simmem.policy.base import policies, policy_named
+from simmem.policy.context import Context, Replayed
+from simmem.policy.families import flash_window, stream
+from simmem.spec.model import load_model
+from simmem.trace import open_trace
+from tests.strategies import contexts, rows_of, same_knobs
+
+FEW = settings(max_examples=max(10, settings.default.max_examples // 2 if settings.default else 0))
+"""A law that tries every candidate of a grid in the event engine."""
+PRECISIONS = ("fp16", "int4")
+ROWS = 2
+
+
+@contextmanager
+def tiny_grid() -> Iterator[None]:
+    """Few enough candidates that no filter has anything to drop, on two scoring tokens."""
+    with (patch.object(stream, "RATIO_STEP", 1 / 3), patch.object(stream, "READER_THREADS", (4, 32)),
+          patch.object(flash_window, "READER_THREADS", (8,)), patch.object(flash_window, "WINDOWS", (0, 2)),
+          patch.object(api, "SCORING_ROWS", ROWS), patch.object(api, "FINAL_ROWS", ROWS),
+          patch.object(api, "SURVIVORS", 1000), patch.object(api, "FRONT_SURVIVORS", 1000)):
+        yield
+
+
+def question_of(context: Context, **given: object) -> Question:
+    q = Question("device", "model", context.device, context.model, context.replayed, context.workload, PRECISIONS,
+                 context.budget_bytes, tuple(policies()), {})
+    return replace(q, **given)  # type: ignore[arg-type]
+
+
+def every_candidate(question: Question) -> list[Candidate]:
+    """Everything that fits, one by one."""
+    found = []
+    for precision in question.precisions:
+        context = question.context(precision)
+        for name in question.policy_names:
+            policy = policy_named(name)
+            for block in blocks(policy, context, question.fixed):
+                cut = capacity_cut(policy, context, block)
+                found += [Candidate(context, policy, block.only(np.array([i])), fast_bytes=float(cut.fast_bytes[i]))
+                          for i in np.flatnonzero(cut.fits)]
+    return found
+
+
+def seconds_of(candidate: Candidate) -> float:
+    return token_seconds(candidate, stratified_rows(candidate.context, candidate.policy, ROWS))
+
+
+def chosen(question: Question, plan: Plan) -> Candidate:
+    context = question.context(plan.workload.weights)
+    policy = policy_named(plan.policy.name)
+    return Candidate(context, policy, same_knobs(policy, context, plan.policy.knobs))
+
+
+def plan_of(question: Question) -> Plan | None:
+    """The plan, or None where nothing fits, which trying everything must confirm."""
+    try:
+        return answer(question, brief=True)
+    except InfeasiblePlanError:
+        assert not every_candidate(question)
+        return None
+
+
+# ------------------------------------------------------------------------------------------------ the best
+
+
+@FEW
+@given(contexts())
+def test_the_answer_is_that_of_trying_everything_in_the_event_engine(context: Context) -> None:
+    with tiny_grid():
+        question = question_of(context)
+        plan = plan_of(question)
+        if plan is None:
+            return
+        best = min(seconds_of(c) for c in every_candidate(question))
+        found = seconds_of(chosen(question, plan))
+        gap = plan.evidence.search_gap
+        assert gap is not None
+        assert 0 <= gap < 1
+        assert best * (1 - 1e-12) <= found
+        assert found * (1 - gap) <= best * (1 + 2e-6), "what the gap leaves open is open"
+        if gap == 0:
+            assert found == pytest.approx(best, rel=2e-6), "proved best"
+
+
+@FEW
+@given(contexts(), st.integers(1, 2))
+def test_the_gap_is_honest_where_the_search_stops_early(context: Context, limit: int) -> None:
+    with tiny_grid(), patch.object(api, "EVENT_LIMIT", limit):
+        question = question_of(context, policy_names=("resident", "stream"))
+        plan = plan_of(question)
+        if plan is None:
+            return
+        best = min(seconds_of(c) for c in every_candidate(question))
+        assert plan.evidence.search_gap is not None
+        assert seconds_of(chosen(question, plan)) * (1 - plan.evidence.search_gap) <= best * (1 + 2e-6)
+
+
+@FEW
+@given(contexts())
+def test_nothing_beats_the_bound(context: Context) -> None:
+    with tiny_grid():
+        question = question_of(context)
+        for candidate in every_candidate(question)[::3]:
+            rows = rows_of(candidate.context, candidate.policy)
+            assert lower_bound(candidate.context).token_latency_s <= token_seconds(candidate, rows) * (1 + 1e-12)
+
+
+@given(contexts())
+def test_a_simpler_policy_is_chosen_only_where_it_is_as_fast(context: Context) -> None:
+    """Sharing can make the candidate with the better analytic score the worse one: it must not win as 'simpler'."""
+    slow = {name: memory.model_copy(update={"rate": memory.capacity.model_copy(update={"value": 5e8})})
+            if memory.kind != "storage" else memory for name, memory in context.device.memory.items()}
+    device = context.device.model_copy(update={"memory": slow})
+    with tiny_grid():
+        question = question_of(context, device=device, precisions=("fp16",))
+        plan = plan_of(question)
+        if plan is not None and plan.evidence.search_gap == 0:
+            assert seconds_of(chosen(question, plan)) == pytest.approx(
+                min(seconds_of(c) for c in every_candidate(question)), rel=2e-6)
+
+
+# ------------------------------------------------------------------------------------------------ what does not fit
+
+
+@given(contexts(), st.sampled_from([("fp16",), PRECISIONS]))
+def test_what_is_missing_is_enough(context: Context, precisions: tuple[str, ...]) -> None:
+    """A budget too small names the tier and the bytes; with so many more in each tier that was short, a plan is found.
+
+    One pair of tier and bytes cannot name two tiers, so a discrete device may need the same again in the other.
+    """
+    small = {k: v if k == context.device.storage else 100.0 for k, v in context.budget_bytes.items()}
+    with tiny_grid():
+        question = question_of(context, budget_bytes=small, precisions=precisions)
+        with pytest.raises(InfeasiblePlanError) as caught:
+            answer(question)
+        error = caught.value
+        assert error.exit_code == 3
+        assert error.tier in set(small) - {context.device.storage}
+        assert error.missing_bytes is not None
+        assert error.missing_bytes == int(error.missing_bytes) > 0
+        assert f"{error.missing_bytes:.0f} more bytes of {error.tier}" in error.message
+        enough = {k: v + (0 if k == context.device.storage else error.missing_bytes) for k, v in small.items()}
+        plan = answer(replace(question, budget_bytes=enough), brief=True)
+        for use in plan.memory.values():
+            assert use.used_bytes <= use.budget_bytes
+        less = {k: v - (0 if k == context.device.storage else 1) for k, v in enough.items()}
+        with pytest.raises(InfeasiblePlanError) as again:
+            answer(replace(question, budget_bytes=less), brief=True)
+        assert again.value.missing_bytes == 1
+
+
+@given(contexts())
+def test_storage_that_is_too_small_is_a_tier_like_any_other(context: Context) -> None:
+    budget = {k: 1.0 if k == context.device.storage else 1e15 for k in context.budget_bytes}
+    with tiny_grid(), pytest.raises(InfeasiblePlanError) as caught:
+        answer(question_of(context, budget_bytes=budget))
+    assert caught.value.tier == context.device.storage
+
+
+def test_without_a_trace_only_policies_that_need_none_are_planned() -> None:
+    question = api.ask("m1-max", "opt-125m", policy="flash-window")
+    with pytest.raises(SpecError, match="cannot plan opt-125m without a trace"):
+        answer(replace(question, replayed=None))
+    plan = answer(replace(question, replayed=None, policy_names=tuple(policies())), brief=True)
+    assert plan.trace is None
+    assert plan.policy.name in ("resident", "stream")
+
+
+# ------------------------------------------------------------------------------------------------ objectives
+
+
+@FEW
+@given(contexts(energy=True), st.sampled_from(["memory", "throughput", "energy"]))
+def test_objectives_do_what_they_say(context: Context, objective: str) -> None:
+    with tiny_grid():
+        question = question_of(context, objective=objective, precisions=("fp16",))
+        plan = plan_of(question)
+        if plan is None:
+            return
+        workload = question.workload
+
+        def value(candidate: Candidate) -> float:
+            rows = stratified_rows(candidate.context, candidate.policy, ROWS)
+            if objective == "memory":
+                return sum(v for k, v in candidate.used_bytes().items() if k != context.device.storage)
+            seconds = candidate_module.score(candidate.policy, candidate.context, candidate.block, rows)[0]
+            if objective == "throughput":
+                steps = workload.new_tokens - 1
+                return (prefill_seconds(candidate) + steps * seconds) / (workload.batch * workload.new_tokens)
+            schedule = candidate.policy.decode(candidate.context, candidate.block, rows)
+            joule = energy_j(context.device, schedule, seconds)
+            assert joule is not None
+            return joule
+
+        best = min(value(c) for c in every_candidate(question))
+        assert value(chosen(question, plan)) == pytest.approx(best, rel=1e-9)
+        assert plan.objective == objective
+        if objective == "energy":
+            assert plan.predicted.energy_j_per_token is not None
+
+
+@pytest.mark.parametrize("objective", ["memory", "throughput"])
+def test_objectives_on_a_whole_grid(objective: str) -> None:
+    """On the full grid, where most candidates are filtered out by their latency, the objective still rules."""
+    fast = api.plan("m1-max", "opt-125m", weights="fp16")
+    other = api.plan("m1-max", "opt-125m", weights="fp16", objective=objective)
+    held = [sum(u.used_bytes for k, u in p.memory.items() if k != "flash") for p in (fast, other)]
+    assert (held[1] < held[0]) if objective == "memory" else other.predicted.tokens_per_s >= fast.predicted.tokens_per_s
+
+
+def test_the_least_memory_of_a_whole_grid() -> None:
+    question = api.ask("m1-max", "opt-125m", weights="fp16", objective="memory")
+    plan = answer(question, brief=True)
+    least = min(c.fast_bytes for c in every_candidate(question))
+    assert sum(u.used_bytes for k, u in plan.memory.items() if k != "flash") == pytest.approx(least)
+
+
+def test_energy_without_sourced_figures_is_an_error() -> None:
+    with pytest.raises(SpecError, match="no sourced energy figures"):
+        api.plan("m1-max", "opt-125m", weights="fp16", objective="energy")
+
+
+@given(contexts(energy=True))
+def test_energy_by_hand(context: Context) -> None:
+    """All of a resident token: its bytes and flop at their price, and idle power while it lasts."""
+    device, policy = context.device, policies()["resident"]
+    block = next(iter(blocks(policy, context, {})))
+    schedule = policy.decode(context, block, np.zeros(1, np.int64))
+    memory = context.memory_of(str(block.structural["agent"]))
+    agent = device.agent[str(block.structural["agent"])]
+    n_bytes = sum(schedule.bytes[f"memory.{memory}"][k, 0] for k in schedule.op_class)
+    flop = sum(schedule.flop[k, 0] for k in schedule.op_class)
+    assert device.idle is not None
+    assert energy_j(device, schedule, 0.5) == pytest.approx(
+        0.5 * device.idle.value + n_bytes * device.memory[memory].energy_per_byte.value
+        + flop * agent.energy_per_flop.value)
+    assert energy_j(device.model_copy(update={"idle": None}), schedule, 0.5) is None
+
+
+# ------------------------------------------------------------------------------------------------ batches, repeats
+
+
+def test_a_batch_reads_the_union_of_what_its_sequences_use() -> None:
+    """Two sequences in step: the plan reads what either uses, counted here unit by unit."""
+    model = load_model("opt-125m")
+    trace = open_trace(None, model, n_tokens=36)
+    assert trace is not None
+    both = trace.batched(2)
+    bits = np.unpackbits(trace.active, axis=2, count=model.architecture.d_ff, bitorder="little").astype(bool)
+    union = bits[:18] | bits[18:]
+    assert both.active_counts.tolist() == union.sum(axis=2).tolist()
+    question = replace(api.ask("m1-max", "opt-125m", weights="fp16", batch=2), replayed=Replayed(both))
+    context = question.context("fp16")
+    policy = policy_named("flash-window")
+    knobs = {"agent": "cpu", "prefetch_layers": 0, "predictor": "low-rank", "bundled": True, "coalesce": False,
+             "window_tokens": 0, "attention_resident": 1.0, "reader_threads": 32}
+    rows = rows_of(context, policy)
+    report = policy.report(context, same_knobs(policy, context, knobs), rows)
+    read = union[context.table.tokens].sum(axis=(1, 2)).mean() * context.unit_bytes
+    assert report["requested_bytes"] == pytest.approx(read)
+    one = policy.decode(replace(context, workload=replace(context.workload, batch=1)),
+                        same_knobs(policy, context, knobs), rows)
+    two = policy.decode(context, same_knobs(policy, context, knobs), rows)
+    assert (two.flop[:, 0][two.flop[:, 0] > 0] > one.flop[:, 0][one.flop[:, 0] > 0]).all()
+
+
+@settings(max_examples=4)
+@given(contexts(), st.sampled_from([7, 64]))
+def test_twice_the_same_question_twice_the_same_answer(context: Context, columns: int) -> None:
+    """Byte for byte, also from fresh objects and for other block sizes."""
+    if context.trace is None:
+        return
+    try:
+        first = answer(question_of(context, precisions=("int4",))).to_json()
+    except InfeasiblePlanError:
+        return
+    again = question_of(context, precisions=("int4",), replayed=Replayed(context.trace))
+    with patch.object(candidate_module, "BLOCK_COLUMNS", columns):
+        assert answer(again).to_json() == first
+    assert answer(again).to_json() == first
