@@ -20,13 +20,13 @@ import pytest
 import simpy
 
 from simmem.cost.roofline import durations
-from simmem.planner.api import ask
 from simmem.planner.candidate import blocks, contention_of, stratified_rows
+from simmem.planner.question import ask
 from simmem.policy.base import Block, Policy, policy_named
 from simmem.policy.context import Context
 from simmem.schedule import Durations, Schedule
 from simmem.sim.analytic import analytic
-from simmem.sim.events import Contention, can_contend, events
+from simmem.sim.events import Contention, contends, events
 
 CANDIDATES = 4096
 EVENT_TOKENS = 8
@@ -163,7 +163,7 @@ def tokens(case: tuple[Context, Policy, Block]) -> tuple[list[tuple[Schedule, Du
     sharing = contention_of(context)
     sharing = replace(sharing, capacity_bytes_per_s={
         k: v * (0.5 if k.startswith("memory.") else 1.0) for k, v in sharing.capacity_bytes_per_s.items()})
-    assert all(can_contend(s, d, sharing) for s, d in steps)
+    assert all(contends(events(s, d), d, sharing) for s, d in steps)
     return steps, sharing, sum(int(s.present[s.op_class, 0].sum()) for s, _ in steps)
 
 

@@ -71,7 +71,8 @@ def plan(
     as_json: Json = False,
 ) -> None:
     """Find the best policy for a model on a device, and say what to expect of it."""
-    from simmem.planner.api import answer, ask
+    from simmem.planner.api import answer
+    from simmem.planner.question import ask
 
     question = ask(device, model, dram=dram, vram=vram, prompt=prompt, new_tokens=new_tokens, batch=batch,
                    weights=weights, kv=kv, trace=trace, policy=policy or None, knobs=_settings(settings),

@@ -58,11 +58,11 @@ def reasons(plan: Plan, device: Device, notes: list[str]) -> list[str]:
                  f"{format_quantity(plan.bound.token_latency_s, 's')} a token ({plan.bound.resource}); this one takes "
                  f"{p.token_latency_s / plan.bound.token_latency_s:.2f} times that")
     found += notes
-    shared = [f"{a} and storage" for a, agent in device.agent.items()
-              if agent.memory == device.host and a == plan.policy.knobs.get("agent") and sum(p.bytes_per_token.values())]
-    if shared and not device.interference:
-        found.append(f"{shared[0]} share {device.host} fairly in this answer; how much they really disturb each other "
-                     "was not measured on this device")
+    agent = str(plan.policy.knobs.get("agent"))
+    together = device.agent[agent].memory == device.host and any(v > 0 for v in p.bytes_per_token.values())
+    if together and not device.interference:
+        found.append(f"{agent} and storage share {device.host} fairly in this answer; how much they really disturb "
+                     "each other was not measured on this device")
     if plan.trace is not None and plan.trace.kind == "synthetic" and plan.policy.name == "flash-window":
         found.append(f"the trace {plan.trace.name} is synthetic: fitted to published statistics, not captured")
     return found

@@ -13,10 +13,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from simmem.cost.roofline import durations
 from simmem.errors import SimmemError, SpecError, TraceError
-from simmem.planner.api import FINAL_ROWS, ask
 from simmem.planner.candidate import Candidate, blocks, contention_of, stratified_rows
 from simmem.planner.document import Percentiles, Plan
 from simmem.planner.predict import column_of
+from simmem.planner.question import FINAL_ROWS, ask
 from simmem.policy.base import policy_named
 from simmem.sim.events import events
 from simmem.sim.timeline import BREAKDOWN, Timeline, critical_path, occupancy

@@ -23,7 +23,7 @@ from simmem.errors import SpecError
 from simmem.schedule import Durations, Schedule
 from simmem.sim.timeline import Timeline
 
-__all__ = ["Contention", "can_contend", "events", "fair_speeds"]
+__all__ = ["Contention", "contends", "events", "fair_speeds"]
 
 _FINISHED = 1e-15
 """A flow with less work left than this share of the time so far has ended: that much is rounding."""
@@ -60,24 +60,26 @@ class Contention:
         return self.capacity_bytes_per_s[resource] * (1.0 - self.background.get(resource, 0.0))
 
 
-def can_contend(schedule: Schedule, durations: Durations, contention: Contention) -> bool:
-    """Whether any set of ops, one from each stream, could ask for more than a resource has.
+def contends(dedicated: Timeline, durations: Durations, contention: Contention) -> bool:
+    """Whether sharing changes anything, given what happens when nothing is shared.
 
-    False is a proof that sharing never binds, so the dedicated engine gives the same answer.
+    False is a proof: where the ops that overlap in the dedicated timeline never ask for more than
+    a resource has, full speed is what fair sharing gives all of them at every instant.
     """
     if contention.interference or contention.queue_limit:
         return True
-    occupancy = durations.occupancy_s[:, 0]
+    schedule, occupancy = dedicated.schedule, durations.occupancy_s[:, 0]
+    held = dedicated.free_s > dedicated.start_s
     for resource, amount in schedule.bytes.items():
         if resource not in contention.capacity_bytes_per_s:
             continue
-        with np.errstate(divide="ignore", invalid="ignore"):
-            draw = np.where(occupancy > 0, amount[:, 0] / occupancy, 0.0)
-        worst = 0.0
-        for stream in range(len(schedule.streams)):
-            used = np.unique(schedule.op_class[schedule.op_stream == stream])
-            worst += float(draw[used].max(initial=0.0))
-        if worst > contention.available(resource) * (1 + _ROUNDING):
+        ops = np.flatnonzero(held & (amount[:, 0] > 0)[schedule.op_class])
+        kinds = schedule.op_class[ops]
+        draw = amount[kinds, 0] / occupancy[kinds]
+        when = np.concatenate([dedicated.free_s[ops], dedicated.start_s[ops]])
+        change = np.concatenate([-draw, draw])  # at one instant an end comes before a start: lexsort is stable
+        drawn = np.cumsum(change[np.argsort(when, kind="stable")])
+        if drawn.max(initial=0.0) > contention.available(resource) * (1 + _ROUNDING):
             return True
     return False
 
@@ -91,14 +93,10 @@ def events(schedule: Schedule, durations: Durations, contention: Contention | No
     durations : of that candidate, arrays of shape (n_classes, 1).
     """
     assert schedule.n_candidates == 1, "the event engine takes one candidate"
-    shared = contention is not None and can_contend(schedule, durations, contention)
-    run = _Run(schedule, durations, contention if shared else None)
-    for stream in range(len(schedule.streams)):
-        ops = [o for o in run.program if run.stream[o] == stream]
-        if ops:
-            run.env.process(run.serve(schedule.streams[stream], ops))
-    run.to_the_end()
-    return Timeline(schedule, *run.times(), engine="events" if not shared else "events, shared")
+    dedicated = _Run(schedule, durations, None).timeline()
+    if contention is None or not contends(dedicated, durations, contention):
+        return dedicated
+    return _Run(schedule, durations, contention).timeline()
 
 
 class _Run:
@@ -155,7 +153,16 @@ class _Run:
             else:
                 self._finish(op)
 
-    def to_the_end(self) -> None:
+    def timeline(self) -> Timeline:
+        """Start a process per stream, run to the end, and collect the times."""
+        for index, name in enumerate(self.schedule.streams):
+            ops = [o for o in self.program if self.stream[o] == index]
+            if ops:
+                self.env.process(self.serve(name, ops))
+        self._to_the_end()
+        return Timeline(self.schedule, *self._times(), engine="events, shared" if self.fluid else "events")
+
+    def _to_the_end(self) -> None:
         """Run until nothing is left to happen; speeds settle once per instant, before time moves on."""
         env, fluid = self.env, self.fluid
         if fluid is None:
@@ -177,7 +184,7 @@ class _Run:
         if event is not None:
             event.succeed()
 
-    def times(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
+    def _times(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
         present = set(self.program)
         for op in range(self.schedule.n_ops):
             if op not in present:

@@ -16,7 +16,7 @@ from simmem.spec.precision import matrix_bytes_per_param
 from simmem.trace.replay import ReplayCurve, lru_curve, window_curve
 from simmem.trace.trace import Trace
 
-__all__ = ["REPLAY_POLICIES", "replay_document"]
+__all__ = ["REPLAY_POLICIES", "replay_document", "unit_bytes_at"]
 
 REPLAY_POLICIES = ("window", "lru")
 _GRID = np.arange(1, 21) / 20

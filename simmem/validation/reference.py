@@ -16,8 +16,9 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
 
 from simmem.errors import InfeasiblePlanError, SimmemError, SpecError
-from simmem.planner.api import answer, ask
+from simmem.planner.api import answer
 from simmem.planner.document import Plan
+from simmem.planner.question import ask
 from simmem.spec import library
 from simmem.spec.base import Frozen, load_toml, validate
 

@@ -18,7 +18,7 @@ from simmem.policy.context import Context
 from simmem.schedule import DemandClass, Durations, OpKind, Schedule, ScheduleBuilder
 from simmem.sim import events as events_module
 from simmem.sim.analytic import analytic
-from simmem.sim.events import Contention, can_contend, events, fair_speeds
+from simmem.sim.events import Contention, contends, events, fair_speeds
 from tests.strategies import (
     MANY,
     any_durations,
@@ -78,18 +78,18 @@ def test_both_engines_are_the_recurrence(case: tuple[Schedule, Durations, Conten
 
 @MANY
 @given(timed_schedules())
-def test_can_contend_is_a_proof(case: tuple[Schedule, Durations, Contention]) -> None:
+def test_contends_is_a_proof(case: tuple[Schedule, Durations, Contention]) -> None:
     """Where it says no, the fluid engine has nothing to share: forced to run, it gives the dedicated answer."""
     schedule, took, contention = case
     roomy = Contention({k: v * 1e3 for k, v in contention.capacity_bytes_per_s.items()}, {}, contention.background)
     for i in range(schedule.n_candidates):
         column, seconds = schedule.column(i), column_of(took, i)
         for one in (contention, roomy):
-            if can_contend(column, seconds, one):
+            plain = events(column, seconds)
+            if contends(plain, seconds, one):
                 continue
-            plain = events(column, seconds, one)
-            assert plain.engine == "events"
-            with patch.object(events_module, "can_contend", return_value=True):
+            assert events(column, seconds, one).engine == "events"
+            with patch.object(events_module, "contends", return_value=True):
                 forced = events(column, seconds, one)
             assert forced.engine == "events, shared"
             for name in ("start_s", "free_s", "end_s"):
@@ -111,7 +111,7 @@ def test_every_token_of_every_policy(context: Context, name: str, data: st.DataO
             assert alone.token_s == pytest.approx(found.token_s[i], rel=1e-12)
             shared = events(column, seconds, contention)
             assert (found.token_end_s[:, i] <= shared.token_end_s * (1 + 1e-12)).all()
-            if not can_contend(column, seconds, contention):
+            if not contends(alone, seconds, contention):
                 assert shared.token_s == pytest.approx(found.token_s[i], rel=1e-12)
 
 
@@ -168,6 +168,14 @@ def test_two_that_share_take_turns_by_hand() -> None:
     schedule, took = two_flows((1.0, 2.0), (8.0, 12.0))
     run = events(schedule, took, Contention({"memory.m": 10.0}))
     assert run.free_s.tolist() == pytest.approx([1.6, 1.6 + (12 - 8) / 6])
+
+
+def test_what_is_left_of_a_flow_is_done_however_short_the_run() -> None:
+    """Rounding is measured against the time so far: in a run of microseconds a femtosecond is no rounding."""
+    schedule, took = two_flows((1e-6, 1e-6 * (1 + 9e-10)), (1.0, 1.0))
+    with patch.object(events_module, "can_contend", return_value=True):
+        run = events(schedule, took, Contention({"memory.m": 1e12}))
+    assert run.free_s == pytest.approx(took.occupancy_s[:, 0], rel=1e-12)
 
 
 def test_background_takes_its_share_by_hand() -> None:

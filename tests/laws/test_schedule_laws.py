@@ -20,7 +20,7 @@ from simmem.policy import layers
 from simmem.policy.base import Block, Policy, policies
 from simmem.policy.context import Context, Replayed
 from simmem.policy.layers import Demands, decode_schedule, prefill_schedule
-from simmem.schedule import Durations, Schedule
+from simmem.schedule import DemandClass, Durations, OpKind, Schedule, ScheduleBuilder
 from simmem.sim.analytic import analytic
 from simmem.sim.events import Contention, events
 from simmem.sim.timeline import critical_path, occupancy
@@ -98,6 +98,17 @@ def test_what_is_read_for_an_agent_passes_every_link_to_it(case: Case) -> None:
     moved = [schedule.timed_bytes.get(f"link.{name}", np.zeros(schedule.n_candidates)) for name in path]
     for earlier, later in pairwise(moved):
         assert later == pytest.approx(earlier)
+
+
+@given(contexts(), st.integers(0, 2))
+def test_with_nothing_resident_every_weight_that_is_multiplied_is_read(context: Context, ahead: int) -> None:
+    policy, model = policies()["stream"], context.model
+    block = same_knobs(policy, context, {"agent": next(iter(context.device.agent)), "source_tier": "storage",
+                                         "prefetch_layers": ahead, "resident_ratio": 0.0, "reader_threads": 8})
+    read = policy.decode(context, block, np.zeros(1, np.int64)).timed_bytes["link.flash"][0]
+    looked_up = {"positions"} | (set() if model.architecture.tied_head else {"embedding"})
+    assert read == pytest.approx(sum(v for k, v in context.group_bytes.items()
+                                     if k not in looked_up and (k != "head" or not model.architecture.tied_head)))
 
 
 @MANY
@@ -228,6 +239,20 @@ def test_the_critical_path_sums_to_the_token(data: st.DataObject) -> None:
             assert path["wait"] <= 1e-12 * run.makespan_s, "an op starts when a predecessor lets it"
 
 
+def test_a_critical_path_by_hand() -> None:
+    """A copy holds its link for 1 s and arrives 10 s later; the next copy waits 4 s for a kernel, not for the link."""
+    builder = ScheduleBuilder(1, ["link", "gpu"])
+    copy = builder.demand(DemandClass("copy", OpKind.TRANSFER, link="link"), requests=1.0)
+    kernel = builder.demand(DemandClass("kernel", OpKind.COMPUTE, agent="gpu"), requests=1.0)
+    builder.op(copy, "link")
+    ran = builder.op(kernel, "gpu")
+    builder.end_token(builder.op(copy, "link", deps=[ran]))
+    run = events(builder.build(), Durations(np.array([[1.0], [4.0]]), np.array([[10.0], [0.0]])))
+    path = critical_path(run)
+    assert {k: v for k, v in path.items() if v} == {"compute": 4.0, "transfer": 11.0}
+    assert run.busy_s == {"link": 2.0, "gpu": 4.0}
+
+
 # ------------------------------------------------------------------------------------------------ knobs
 
 
@@ -320,7 +345,8 @@ def test_more_resident_is_never_slower(context: Context, data: st.DataObject) ->
     ratio = np.linspace(0, 1, 97)
     many = Block(block.structural, {"resident_ratio": ratio,
                                     "reader_threads": np.repeat(block.columns["reader_threads"], len(ratio))})
-    took = seconds_of(context, policy.decode(context, many, np.zeros(1, np.int64)))
+    with patch.object(layers, "STREAM_CHUNK_BYTES", 4096.0):  # several to a layer, in models as small as these
+        took = seconds_of(context, policy.decode(context, many, np.zeros(1, np.int64)))
     assert (np.diff(took) <= 1e-12 * took[:-1]).all()
 
 
@@ -355,7 +381,8 @@ def test_the_score_does_not_depend_on_the_block(columns: int, case: Case) -> Non
         assert np.array_equal(score(policy, context, block, rows), whole), "to the last bit"
 
 
-@given(contexts(), st.sampled_from(["stream", "flash-window"]), st.sampled_from([1, 3, 12]), st.integers(1, 4),
+@MANY
+@given(contexts(), st.sampled_from(["stream", "flash-window"]), st.sampled_from([1, 2, 4, 12]), st.integers(1, 4),
        st.data())
 def test_the_timed_step_is_the_steady_state(context: Context, name: str, n_layers: int, ahead: int,
                                             data: st.DataObject) -> None:
@@ -377,4 +404,4 @@ def test_the_timed_step_is_the_steady_state(context: Context, name: str, n_layer
     ends = analytic(schedule, durations(schedule, context.device)).token_end_s
     assert len(ends) >= 20
     steady = np.diff(ends, axis=0)[-12:].mean(axis=0)
-    assert timed == pytest.approx(steady, rel=0.05 if n_layers == 12 and ahead < 3 else 0.35)
+    assert timed == pytest.approx(steady, rel=0.05 if n_layers == 12 and ahead < 3 else 0.2)

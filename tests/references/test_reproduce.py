@@ -23,7 +23,8 @@ def test_every_judged_row_is_within_its_tolerance(flash: Reproduction) -> None:
 
 def test_anchors_are_consistent_and_do_not_count(flash: Reproduction) -> None:
     anchors = [r for r in flash.rows if r.status == "anchor"]
-    assert {r.id for r in anchors} >= {f"table2-{k}-io" for k in ("naive", "hybrid", "predictor", "windowing", "bundling")}
+    steps = ("naive", "hybrid", "predictor", "windowing", "bundling")
+    assert {r.id for r in anchors} >= {f"table2-{step}-io" for step in steps}
     for row in anchors:
         assert row.error is not None and row.tolerance is not None
         assert abs(row.error) <= row.tolerance, row.id
@@ -92,7 +93,8 @@ def test_statuses(tmp_path: Path) -> None:
         {"id": "unknown-quantity", "quantity": "predicted.nothing", "expect": "judged"},
         {"id": "Bad Id"},
     )])
-    assert [r.status for r in document.rows] == ["pass", "fail", "xfail", "xpass", "excluded", "error", "error", "error"]
+    assert [r.status for r in document.rows] == [
+        "pass", "fail", "xfail", "xpass", "excluded", "error", "error", "error"]
     assert len(document.failed) == 5
     assert document.summary.n == 2 and document.summary.max == pytest.approx(0.5)
 

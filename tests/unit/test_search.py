@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import cast
 from unittest.mock import patch
 
 import numpy as np
@@ -16,7 +18,7 @@ from simmem.errors import InfeasiblePlanError, SpecError
 from simmem.planner import api
 from simmem.planner import candidate as candidate_module
 from simmem.planner.api import Question, answer
-from simmem.planner.bound import lower_bound
+from simmem.planner.bound import agent_bound, lower_bound
 from simmem.planner.candidate import Candidate, blocks, capacity_cut, stratified_rows
 from simmem.planner.document import Plan
 from simmem.planner.predict import energy_j, prefill_seconds, token_seconds
@@ -120,11 +122,48 @@ def test_the_gap_is_honest_where_the_search_stops_early(context: Context, limit:
 @FEW
 @given(contexts())
 def test_nothing_beats_the_bound(context: Context) -> None:
+    """Without constants per kernel, which would hide a bound that is too high."""
+    agents = {name: agent.model_copy(update={
+        "op_overhead": agent.op_overhead.model_copy(update={"value": 1e-15}), "step_overhead": None})
+        for name, agent in context.device.agent.items()}
     with tiny_grid():
-        question = question_of(context)
+        question = question_of(context, device=context.device.model_copy(update={"agent": agents}))
         for candidate in every_candidate(question)[::3]:
             rows = rows_of(candidate.context, candidate.policy)
-            assert lower_bound(candidate.context).token_latency_s <= token_seconds(candidate, rows) * (1 + 1e-12)
+            each = [token_seconds(candidate, rows[i: i + 1]) for i in range(len(rows))]
+            assert lower_bound(candidate.context).token_latency_s <= np.mean(each) * (1 + 1e-9)
+            agent = str(candidate.block.structural["agent"])
+            if candidate.policy.uses_trace:  # every single token
+                least = agent_bound(candidate.context, agent, any_token=True).token_latency_s
+                assert least <= min(each) * (1 + 1e-9)
+
+
+def stub(policy: str, score_s: float, event_s: float) -> Candidate:
+    """What the proof looks at of a candidate."""
+    return cast(Candidate, SimpleNamespace(policy=SimpleNamespace(name=policy), context=None, score_s=score_s,
+                                           event_s=event_s))
+
+
+@pytest.mark.parametrize(("ranked", "pruned_s", "limit", "expected"), [
+    # The better bound is the worse run: it must not win for being simpler.
+    ([("stream", 8.0, 20.0), ("flash-window", 9.0, 10.0)], np.inf, 8, ("flash-window", 0.0)),
+    # As fast to a millionth, in the event engine: the policy that moves least.
+    ([("flash-window", 9.0, 9.0), ("stream", 9.0, 9.0), ("resident", 9.0 + 1e-6, 9.0 + 1e-6)], np.inf, 8,
+     ("resident", 0.0)),
+    ([("flash-window", 9.0, 9.0), ("stream", 9.0, 9.5), ("resident", 9.1, 9.1)], np.inf, 8, ("flash-window", 0.0)),
+    ([("theirs", 9.0, 9.0), ("resident", 9.0, 9.0)], np.inf, 8, ("resident", 0.0)),
+    # What was cut by a bound below the best run might have been faster.
+    ([("stream", 8.0, 10.0)], 9.0, 8, ("stream", 0.1)),
+    ([("stream", 8.0, 10.0)], 12.0, 8, ("stream", 0.0)),
+    # Stopped early: the next bound says by how much at most.
+    ([("stream", 6.0, 10.0), ("stream", 7.0, 7.0)], np.inf, 1, ("stream", 0.3)),
+    ([("stream", 6.0, 10.0), ("stream", 7.0, 7.0)], np.inf, 2, ("stream", 0.0)),
+])
+def test_the_proof_by_hand(ranked: list[tuple[str, float, float]], pruned_s: float, limit: int,
+                           expected: tuple[str, float]) -> None:
+    with patch.object(api, "_event_seconds", lambda c: c.event_s), patch.object(api, "EVENT_LIMIT", limit):
+        best, gap = api._prove([stub(*r) for r in ranked], pruned_s)
+    assert (best.policy.name, pytest.approx(gap)) == expected
 
 
 @given(contexts())

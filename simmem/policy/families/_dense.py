@@ -11,7 +11,17 @@ from simmem.policy.base import Block, Knob, Placement
 from simmem.policy.context import Context
 from simmem.policy.layers import Demands
 
-__all__ = ["READER_THREADS", "agent_knob", "dense_demands", "dense_footprint", "dense_placements", "dense_report"]
+__all__ = [
+    "READER_THREADS",
+    "agent_knob",
+    "dense_demands",
+    "dense_footprint",
+    "dense_placements",
+    "dense_report",
+    "resident_share",
+    "source_tier",
+    "streamed",
+]
 
 Array = NDArray[np.float64]
 

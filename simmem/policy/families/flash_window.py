@@ -341,11 +341,12 @@ class FlashWindow:
         elif not none:
             more = self._missing_for_next(context, block, knob)
             if more is not None:
-                notes.append(f"the budget holds a window of {knob} tokens: {more[0]} would need {more[1]:.0f} more bytes")
+                notes.append(f"the budget holds a window of {knob} tokens: {more[0]} would need {more[1]:.0f} more "
+                             "bytes")
         ahead = int(block.structural["prefetch_layers"])
         if ahead and not none:
-            notes.append(f"the predictor is asked {ahead} layer(s) early, so that reads overlap compute; what that costs "
-                         "it in recall was not measured")
+            notes.append(f"the predictor is asked {ahead} layer(s) early, so that reads overlap compute; what that "
+                         "costs it in recall was not measured")
         if block.structural["predictor"] == "oracle":
             notes.append("the trace's criterion is an oracle: no predictor knew these units before they were read, "
                          "so a real engine will be slower")

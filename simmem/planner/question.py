@@ -1,0 +1,132 @@
+"""What is `plan` asked? The arguments, checked, with every name resolved."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from simmem.errors import SpecError
+from simmem.policy.base import policies, policy_named
+from simmem.policy.context import MAX_WINDOW, Context, Replayed
+from simmem.spec.device import Device, load_device
+from simmem.spec.model import Model, load_model
+from simmem.spec.precision import PRECISIONS
+from simmem.spec.workload import Workload
+from simmem.trace import open_trace
+from simmem.units import format_quantity, parse_quantity
+
+__all__ = ["FINAL_ROWS", "OBJECTIVES", "Question", "ask"]
+
+OBJECTIVES = ("latency", "throughput", "energy", "memory")
+FINAL_ROWS = 64
+"""Trace tokens that the answer is run on."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What `plan` is asked, with names resolved."""
+
+    device_name: str
+    model_name: str
+    device: Device
+    model: Model
+    replayed: Replayed | None
+    workload: Workload
+    precisions: tuple[str, ...]
+    budget_bytes: Mapping[str, float]
+    policy_names: tuple[str, ...]
+    fixed: Mapping[str, object]
+    objective: str = "latency"
+    engine: str | None = None
+    activity_range: tuple[Replayed, Replayed] | None = None
+    defaults: bool = False
+    """Knobs that are not named take their default (published configurations)."""
+
+    def context(self, weights: str) -> Context:
+        """Everything a policy needs at one precision."""
+        return Context(self.device, self.model, self.workload.at(weights), self.replayed, self.budget_bytes,
+                       self.activity_range)
+
+
+def ask(
+    device: str,
+    model: str,
+    *,
+    dram: str | float | None = None,
+    vram: str | float | None = None,
+    prompt: int = 128,
+    new_tokens: int = 256,
+    batch: int = 1,
+    weights: str | None = None,
+    kv: str = "fp16",
+    trace: str | None = None,
+    policy: str | Sequence[str] | None = None,
+    knobs: Mapping[str, object] | None = None,
+    objective: str = "latency",
+    engine: str | None = None,
+    defaults: bool = False,
+    relative_to: Path | None = None,
+) -> Question:
+    """Check the arguments of `plan` and resolve every name. Raises SpecError."""
+    spec_device = load_device(device, relative_to=relative_to)
+    spec_model = load_model(model, relative_to=relative_to)
+    if objective not in OBJECTIVES:
+        raise SpecError(f"found {objective!r}, expected one of {', '.join(OBJECTIVES)}", key="--objective")
+    names = (policy,) if isinstance(policy, str) else tuple(policy or policies())
+    for name in names:
+        policy_named(name)
+    if knobs and policy is None:
+        raise SpecError("knobs belong to a policy: name it with --policy", key="--set")
+    if weights == "file":
+        raise SpecError("found 'file', which needs a model read from a file with its own precisions", key="--weights")
+    if weights is not None and weights not in PRECISIONS:
+        raise SpecError(f"found {weights!r}, expected one of {', '.join(PRECISIONS)}", key="--weights")
+    precisions = (weights,) if weights else tuple(dict.fromkeys((spec_model.native_precision, "int8", "int4")))
+    workload = Workload(prompt, new_tokens, batch, precisions[0], kv)
+    workload.check(spec_model)
+    fixed = dict(knobs or {})
+    if engine:
+        runs = [e.agent for key, e in spec_device.engine.items()
+                if key.split("/")[0] == engine and e.compute_precision == weights]
+        if runs and defaults:  # the stack is known to run this precision on one unit
+            fixed.setdefault("agent", runs[0])
+        spec_device = spec_device.with_engine(engine)
+    replayed, activity_range = _replays(trace, spec_model, batch)
+    return Question(device, model, spec_device, spec_model, replayed, workload, precisions,
+                    _budgets(spec_device, dram, vram), names, fixed, objective, engine, activity_range,
+                    defaults)
+
+
+def _replays(name: str | None, model: Model, batch: int) -> tuple[Replayed | None, tuple[Replayed, Replayed] | None]:
+    """The trace, and where its activity is an estimate the trace at the ends of its 90 % range."""
+    opened = open_trace(name, model, batch=batch, n_tokens=MAX_WINDOW + FINAL_ROWS)
+    if opened is None:
+        return None, None
+    share = opened.header.active_share_range
+    if share is None:
+        return Replayed(opened), None
+    nominal = float(opened.header.statistics["active_share"]["value"])
+    low, high = (open_trace(name, model, batch=batch, n_tokens=MAX_WINDOW + FINAL_ROWS, activity=end / nominal)
+                 for end in share)
+    assert low is not None and high is not None
+    return Replayed(opened), (Replayed(low), Replayed(high))
+
+
+def _budgets(device: Device, dram: str | float | None, vram: str | float | None) -> dict[str, float]:
+    budget = {name: memory.budget_bytes for name, memory in device.memory.items()}
+    special = [n for n, m in device.memory.items() if m.kind == "device"]
+    for given, tiers, flag in ((dram, [device.host], "--dram"), (vram, special, "--vram")):
+        if given is None:
+            continue
+        if not tiers:
+            raise SpecError(f"{device.name} has unified memory and no VRAM of its own; use --dram", key=flag)
+        amount = float(given) if isinstance(given, (int, float)) else parse_quantity(given, "bytes", key=flag)
+        if not amount >= 1:  # also false for NaN
+            raise SpecError(f"found {given!r}, expected at least a byte", key=flag)
+        capacity = device.memory[tiers[0]].capacity.value
+        if amount > capacity:
+            raise SpecError(f"found {given!r}, but {device.name} has {format_quantity(capacity, 'bytes')} of it",
+                            key=flag)
+        budget[tiers[0]] = amount
+    return budget

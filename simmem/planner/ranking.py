@@ -1,0 +1,183 @@
+"""Which candidates are worth a closer look, and which is proved best?
+
+Capacity cuts first; one representative token filters each block; survivors are scored on up to
+eight stratified tokens; then the event engine runs candidates in ascending analytic order until
+the next analytic time is no better than the best events time (a proof, as analytic is a lower
+bound) or a limit is reached, which the gap states.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from simmem.errors import SpecError
+from simmem.planner.bound import agent_bound
+from simmem.planner.candidate import Candidate, blocks, capacity_cut, front, score, stratified_rows
+from simmem.planner.predict import energy_j, prefill_seconds, token_seconds
+from simmem.planner.question import Question
+from simmem.policy.base import Policy, policy_named
+from simmem.policy.context import Context
+
+__all__ = ["SCORING_ROWS", "Found", "objective_value", "pareto_front", "prove", "search"]
+
+SCORING_ROWS = 8
+"""Trace tokens that survivors are scored on."""
+SURVIVORS = 48
+"""Candidates of a policy and precision that go from one token to eight."""
+FRONT_SURVIVORS = 16
+"""Beside them, candidates on the front of latency and memory."""
+EVENT_LIMIT = 8
+"""Candidates that the event engine runs before the search stops without a proof."""
+PARETO_LIMIT = 6
+"""Entries of the front that are reported."""
+SIMPLICITY = ("resident", "stream", "flash-window")
+"""Among equally fast plans the one with the fewest moving parts is the answer."""
+
+
+@dataclass(frozen=True)
+class Found:
+    """Survivors of one precision, best first, and what was in the way of the others."""
+
+    context: Context
+    ranked: tuple[Candidate, ...]
+    binding_tier: str | None
+    missing_bytes: float
+    pruned_s: float = float("inf")
+    """What was left out because a bound said so could not be faster than this. [s]"""
+
+
+def search(question: Question, weights: str) -> Found:
+    """Every policy's grid at one precision: capacity cut, filter, scores on stratified tokens."""
+    context = question.context(weights)
+    ranked: list[Candidate] = []
+    nearest: tuple[float, str] | None = None
+    floor = {name: agent_bound(context, name, any_token=True).token_latency_s for name in context.device.agent}
+    fastest = pruned = float("inf")
+    for name in question.policy_names:
+        policy = policy_named(name)
+        pool: list[Candidate] = []
+        for block in blocks(policy, context, question.fixed, defaults=question.defaults):
+            # Nothing this agent could do is as fast as what was already found: the whole block is out. Sharing may
+            # make what was found slower than the bound, so the proof has to know where the cut was.
+            least = floor[str(block.structural["agent"])]
+            if question.objective == "latency" and least > fastest:
+                pruned = min(pruned, least)
+                continue
+            cut = capacity_cut(policy, context, block)
+            if not cut.fits.any():
+                nearest = min(nearest or (cut.missing_bytes, cut.binding_tier), (cut.missing_bytes, cut.binding_tier))
+                continue
+            kept = np.flatnonzero(cut.fits)
+            block, held = block.only(kept), cut.fast_bytes[kept]
+            seconds = score(policy, context, block, stratified_rows(context, policy, 1))
+            lean = front(seconds, held)
+            lean = lean[np.unique(np.linspace(0, len(lean) - 1, min(len(lean), FRONT_SURVIVORS)).astype(np.int64))]
+            best = np.argsort(seconds, kind="stable")[:SURVIVORS]
+            chosen = list(dict.fromkeys([*best.tolist(), *lean.tolist()]))
+            pool += [Candidate(context, policy, block.only(np.array([i])), float(seconds[i]), float(held[i]))
+                     for i in chosen]
+        scored = _rescore(policy, context, _thin(pool))
+        fastest = min([fastest, *(c.score_s for c in scored)])
+        ranked += scored
+    ranked.sort(key=lambda c: c.score_s)
+    return Found(context, tuple(ranked), nearest[1] if nearest else None, nearest[0] if nearest else 0.0, pruned)
+
+
+def _thin(pool: list[Candidate]) -> list[Candidate]:
+    """The fastest candidates, and those on the front of latency and memory."""
+    if not pool:
+        return pool
+    order = np.argsort([c.score_s for c in pool], kind="stable")[:SURVIVORS].tolist()
+    lean = front(np.array([c.score_s for c in pool]), np.array([c.fast_bytes for c in pool]))
+    lean = lean[np.unique(np.linspace(0, len(lean) - 1, min(len(lean), FRONT_SURVIVORS)).astype(np.int64))]
+    return [pool[i] for i in dict.fromkeys([*order, *lean.tolist()])]
+
+
+def _rescore(policy: Policy, context: Context, pool: list[Candidate]) -> list[Candidate]:
+    """Score candidates on up to eight tokens, those of one structure in one block."""
+    rows = stratified_rows(context, policy, SCORING_ROWS)
+    if len(rows) == 1:
+        return pool
+    groups: dict[tuple[tuple[str, object], ...], list[Candidate]] = {}
+    for candidate in pool:
+        groups.setdefault(tuple(candidate.block.structural.items()), []).append(candidate)
+    result = []
+    for members in groups.values():
+        columns = {k: np.concatenate([m.block.columns[k] for m in members]) for k in members[0].block.columns}
+        block = replace(members[0].block, columns=columns)
+        seconds = score(policy, context, block, rows)
+        result += [replace(m, score_s=float(s)) for m, s in zip(members, seconds, strict=True)]
+    return result
+
+
+def objective_value(candidate: Candidate, objective: str) -> tuple[float, float]:
+    """What is minimised, and the tie-break."""
+    workload = candidate.context.workload
+    if objective == "latency":
+        return candidate.score_s, 0.0
+    if objective == "memory":
+        return candidate.fast_bytes, candidate.score_s
+    if objective == "throughput":
+        n = workload.new_tokens
+        return (prefill_seconds(candidate) + (n - 1) * candidate.score_s) / (workload.batch * n), candidate.score_s
+    rows = stratified_rows(candidate.context, candidate.policy, SCORING_ROWS)
+    energy = energy_j(candidate.context.device, candidate.policy.decode(candidate.context, candidate.block, rows),
+                      candidate.score_s)
+    if energy is None:
+        raise SpecError(f"{candidate.context.device.name} has no sourced energy figures for every part of the plan",
+                        key="--objective")
+    return energy, candidate.score_s
+
+
+def prove(ranked: Sequence[Candidate], pruned_s: float = float("inf"), n_rows: int = SCORING_ROWS
+          ) -> tuple[Candidate, float]:
+    """The fastest by the event engine, and the share by which one it did not run could still be faster.
+
+    ranked : ascending in their analytic score, a lower bound on the scoring tokens.
+    pruned_s : a lower bound on everything the search left out. [s]
+    n_rows : trace tokens of each event run.
+    """
+    if len(ranked) == 1 and pruned_s == float("inf"):  # nothing to compare it with
+        return ranked[0], 0.0
+    seconds, best, unrun_s = float("inf"), ranked[0], float("inf")
+    for index, candidate in enumerate(ranked):
+        if candidate.score_s >= seconds * (1 - 1e-12):
+            break
+        if index == EVENT_LIMIT:
+            unrun_s = candidate.score_s
+            break
+        took = _event_seconds(candidate, n_rows)
+        if took < seconds:
+            seconds, best = took, candidate
+    return _simplest(best, seconds, ranked, n_rows), max(1.0 - min(unrun_s, pruned_s) / seconds, 0.0)
+
+
+def _event_seconds(candidate: Candidate, n_rows: int) -> float:
+    """Mean latency of some tokens by the event engine. [s]"""
+    return token_seconds(candidate, stratified_rows(candidate.context, candidate.policy, n_rows))
+
+
+def _simplest(best: Candidate, seconds: float, ranked: Sequence[Candidate], n_rows: int) -> Candidate:
+    """The policy that moves least (resident before stream) where it is as fast as the best to a millionth."""
+    limit = seconds * (1 + 1e-6)
+    for name in SIMPLICITY:
+        if name == best.policy.name:
+            break
+        tie = next((c for c in ranked if c.policy.name == name and c.context is best.context
+                    and c.score_s <= limit), None)
+        if tie is not None and _event_seconds(tie, n_rows) <= limit:
+            return tie
+    return best
+
+
+def pareto_front(ranked: Sequence[Candidate]) -> list[Candidate]:
+    """Non-dominated in latency and bytes outside storage, thinned evenly to a readable number."""
+    which = front(np.array([c.score_s for c in ranked]), np.array([c.fast_bytes for c in ranked]))
+    if len(which) > PARETO_LIMIT:  # evenly in the logarithm of memory, ends included
+        held = np.log([ranked[i].fast_bytes for i in which])
+        wanted = np.linspace(held[0], held[-1], PARETO_LIMIT)
+        which = which[np.unique([int(np.argmin(np.abs(held - w))) for w in wanted])]
+    return [ranked[i] for i in which]
