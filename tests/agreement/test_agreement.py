@@ -173,7 +173,7 @@ def test_two_that_share_take_turns_by_hand() -> None:
 def test_what_is_left_of_a_flow_is_done_however_short_the_run() -> None:
     """Rounding is measured against the time so far: in a run of microseconds a femtosecond is no rounding."""
     schedule, took = two_flows((1e-6, 1e-6 * (1 + 9e-10)), (1.0, 1.0))
-    with patch.object(events_module, "can_contend", return_value=True):
+    with patch.object(events_module, "contends", return_value=True):
         run = events(schedule, took, Contention({"memory.m": 1e12}))
     assert run.free_s == pytest.approx(took.occupancy_s[:, 0], rel=1e-12)
 

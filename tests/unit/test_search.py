@@ -15,13 +15,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simmem.errors import InfeasiblePlanError, SpecError
-from simmem.planner import api
+from simmem.planner import api, ranking
 from simmem.planner import candidate as candidate_module
-from simmem.planner.api import Question, answer
+from simmem.planner.api import answer
 from simmem.planner.bound import agent_bound, lower_bound
 from simmem.planner.candidate import Candidate, blocks, capacity_cut, stratified_rows
 from simmem.planner.document import Plan
 from simmem.planner.predict import energy_j, prefill_seconds, token_seconds
+from simmem.planner.question import Question
+from simmem.planner.ranking import SCORING_ROWS
 from simmem.policy.base import policies, policy_named
 from simmem.policy.context import Context, Replayed
 from simmem.policy.families import flash_window, stream
@@ -32,16 +34,14 @@ from tests.strategies import contexts, rows_of, same_knobs
 FEW = settings(max_examples=max(10, settings.default.max_examples // 2 if settings.default else 0))
 """A law that tries every candidate of a grid in the event engine."""
 PRECISIONS = ("fp16", "int4")
-ROWS = 2
 
 
 @contextmanager
 def tiny_grid() -> Iterator[None]:
-    """Few enough candidates that no filter has anything to drop, on two scoring tokens."""
+    """Few enough candidates that no filter has anything to drop."""
     with (patch.object(stream, "RATIO_STEP", 1 / 3), patch.object(stream, "READER_THREADS", (4, 32)),
           patch.object(flash_window, "READER_THREADS", (8,)), patch.object(flash_window, "WINDOWS", (0, 2)),
-          patch.object(api, "SCORING_ROWS", ROWS), patch.object(api, "FINAL_ROWS", ROWS),
-          patch.object(api, "SURVIVORS", 1000), patch.object(api, "FRONT_SURVIVORS", 1000)):
+          patch.object(ranking, "SURVIVORS", 1000), patch.object(ranking, "FRONT_SURVIVORS", 1000)):
         yield
 
 
@@ -66,7 +66,7 @@ def every_candidate(question: Question) -> list[Candidate]:
 
 
 def seconds_of(candidate: Candidate) -> float:
-    return token_seconds(candidate, stratified_rows(candidate.context, candidate.policy, ROWS))
+    return token_seconds(candidate, stratified_rows(candidate.context, candidate.policy, SCORING_ROWS))
 
 
 def chosen(question: Question, plan: Plan) -> Candidate:
@@ -109,7 +109,7 @@ def test_the_answer_is_that_of_trying_everything_in_the_event_engine(context: Co
 @FEW
 @given(contexts(), st.integers(1, 2))
 def test_the_gap_is_honest_where_the_search_stops_early(context: Context, limit: int) -> None:
-    with tiny_grid(), patch.object(api, "EVENT_LIMIT", limit):
+    with tiny_grid(), patch.object(ranking, "EVENT_LIMIT", limit):
         question = question_of(context, policy_names=("resident", "stream"))
         plan = plan_of(question)
         if plan is None:
@@ -161,8 +161,9 @@ def stub(policy: str, score_s: float, event_s: float) -> Candidate:
 ])
 def test_the_proof_by_hand(ranked: list[tuple[str, float, float]], pruned_s: float, limit: int,
                            expected: tuple[str, float]) -> None:
-    with patch.object(api, "_event_seconds", lambda c: c.event_s), patch.object(api, "EVENT_LIMIT", limit):
-        best, gap = api._prove([stub(*r) for r in ranked], pruned_s)
+    by_hand = patch.object(ranking, "_event_seconds", lambda c, n_rows: c.event_s)
+    with by_hand, patch.object(ranking, "EVENT_LIMIT", limit):
+        best, gap = ranking.prove([stub(*r) for r in ranked], pruned_s)
     assert (best.policy.name, pytest.approx(gap)) == expected
 
 
@@ -241,7 +242,7 @@ def test_objectives_do_what_they_say(context: Context, objective: str) -> None:
         workload = question.workload
 
         def value(candidate: Candidate) -> float:
-            rows = stratified_rows(candidate.context, candidate.policy, ROWS)
+            rows = stratified_rows(candidate.context, candidate.policy, SCORING_ROWS)
             if objective == "memory":
                 return sum(v for k, v in candidate.used_bytes().items() if k != context.device.storage)
             seconds = candidate_module.score(candidate.policy, candidate.context, candidate.block, rows)[0]
