@@ -93,7 +93,7 @@ def test_contends_is_a_proof(case: tuple[Schedule, Durations, Contention]) -> No
                 forced = events(column, seconds, one)
             assert forced.engine == "events, shared"
             for name in ("start_s", "free_s", "end_s"):
-                assert getattr(forced, name) == pytest.approx(getattr(plain, name), rel=1e-12)
+                assert getattr(forced, name) == pytest.approx(getattr(plain, name), rel=1e-12, abs=0)
 
 
 @given(contexts(), st.sampled_from(sorted(policies())), st.data())
@@ -107,12 +107,12 @@ def test_every_token_of_every_policy(context: Context, name: str, data: st.DataO
         for i in range(schedule.n_candidates):
             column, seconds = schedule.column(i), column_of(took, i)
             alone = events(column, seconds)
-            assert alone.token_end_s == pytest.approx(found.token_end_s[:, i], rel=1e-12)
-            assert alone.token_s == pytest.approx(found.token_s[i], rel=1e-12)
+            assert alone.token_end_s == pytest.approx(found.token_end_s[:, i], rel=1e-12, abs=0)
+            assert alone.token_s == pytest.approx(found.token_s[i], rel=1e-12, abs=0)
             shared = events(column, seconds, contention)
             assert (found.token_end_s[:, i] <= shared.token_end_s * (1 + 1e-12)).all()
             if not contends(alone, seconds, contention):
-                assert shared.token_s == pytest.approx(found.token_s[i], rel=1e-12)
+                assert shared.token_s == pytest.approx(found.token_s[i], rel=1e-12, abs=0)
 
 
 def test_an_absent_op_passes_on_what_it_waits_for() -> None:
@@ -175,7 +175,7 @@ def test_what_is_left_of_a_flow_is_done_however_short_the_run() -> None:
     schedule, took = two_flows((1e-6, 1e-6 * (1 + 9e-10)), (1.0, 1.0))
     with patch.object(events_module, "contends", return_value=True):
         run = events(schedule, took, Contention({"memory.m": 1e12}))
-    assert run.free_s == pytest.approx(took.occupancy_s[:, 0], rel=1e-12)
+    assert run.free_s == pytest.approx(took.occupancy_s[:, 0], rel=1e-12, abs=0)
 
 
 def test_background_takes_its_share_by_hand() -> None:

@@ -84,7 +84,7 @@ def test_bytes_are_conserved(case: Case) -> None:
     share = {k: v[: len(rows)].mean() for k, v in schedule.timed_bytes.items()}
     assert told.bytes_per_token == pytest.approx({n: share.get(f"link.{n}", 0.0) for n in context.device.link})
     assert told.requested_bytes_per_token <= told.bytes_per_token["flash"] * (1 + 1e-9) + 1e-3
-    assert sum(told.breakdown_s.values()) == pytest.approx(told.token_latency_s, rel=1e-12)
+    assert sum(told.breakdown_s.values()) == pytest.approx(told.token_latency_s, rel=1e-12, abs=0)
 
 
 @MANY
@@ -184,14 +184,14 @@ def test_all_durations_times_c_is_the_makespan_times_c(data: st.DataObject, c: f
     schedule = data.draw(schedules(device))
     took = data.draw(any_durations(schedule))
     slower = Durations(took.occupancy_s * c, took.latency_s * c)
-    assert analytic(schedule, slower).makespan_s == pytest.approx(c * analytic(schedule, took).makespan_s, rel=1e-12)
+    assert analytic(schedule, slower).makespan_s == pytest.approx(c * analytic(schedule, took).makespan_s, rel=1e-12, abs=0)
     given_s = data.draw(contentions(schedule, device))
     scaled = Contention({k: v / c for k, v in given_s.capacity_bytes_per_s.items()}, given_s.interference,
                         given_s.background, given_s.queue_limit)
     for i in range(min(schedule.n_candidates, 2)):
         base = events(schedule.column(i), column_of(took, i), given_s)
         other = events(schedule.column(i), column_of(slower, i), scaled)
-        assert other.end_s == pytest.approx(c * base.end_s, rel=1e-9)
+        assert other.end_s == pytest.approx(c * base.end_s, rel=1e-9, abs=0)
 
 
 RATES = ("rate", "request_rate", "rate_share", "flop_share")
@@ -272,7 +272,7 @@ def test_a_stream_with_everything_resident_is_resident(context: Context, data: s
         args = (row,) if phase == "decode" else ()
         one = getattr(resident, phase)(context, plain, *args)
         other = getattr(streaming, phase)(context, block, *args)
-        assert seconds_of(context, other) == pytest.approx(seconds_of(context, one)[0], rel=1e-12)
+        assert seconds_of(context, other) == pytest.approx(seconds_of(context, one)[0], rel=1e-12, abs=0)
     footprint = resident.footprint(context, plain)
     for tier, used in streaming.footprint(context, block).items():
         assert used == pytest.approx(footprint[tier][0] if tier in footprint else 0.0)
@@ -292,7 +292,7 @@ def test_weights_in_the_agents_own_memory_need_not_move(context: Context, data: 
     resident = Block({"agent": agent}, {})
     plain = policies()["resident"]
     assert seconds_of(context, streaming.decode(context, block, row)) == pytest.approx(
-        seconds_of(context, plain.decode(context, resident, row))[0], rel=1e-12)
+        seconds_of(context, plain.decode(context, resident, row))[0], rel=1e-12, abs=0)
     assert streaming.footprint(context, block)[context.device.host] == pytest.approx(
         plain.footprint(context, resident)[context.device.host][0])
 
@@ -317,9 +317,9 @@ def test_a_window_without_a_predictor_streams_the_whole_ffn(context: Context, da
     if context.model.architecture.tied_head:
         assert lookup == pytest.approx(0.0, abs=1e-6 * ffn)
         assert seconds_of(context, policy.decode(context, block, rows)) == pytest.approx(
-            seconds_of(context, decode_schedule(context, demands)), rel=1e-12)
+            seconds_of(context, decode_schedule(context, demands)), rel=1e-12, abs=0)
     assert seconds_of(context, policy.prefill(context, block)) == pytest.approx(
-        seconds_of(context, prefill_schedule(context, demands)), rel=1e-12)
+        seconds_of(context, prefill_schedule(context, demands)), rel=1e-12, abs=0)
 
 
 @MANY
@@ -333,7 +333,7 @@ def test_readers_and_prefetch_without_reads_change_nothing(context: Context, dat
             block = same_knobs(policy, context, {"agent": agent, "source_tier": "storage", "prefetch_layers": ahead,
                                                  "resident_ratio": 1.0, "reader_threads": threads})
             took.append(seconds_of(context, policy.decode(context, block, np.zeros(1, np.int64)))[0])
-    assert took == pytest.approx([took[0]] * len(took), rel=1e-12)
+    assert took == pytest.approx([took[0]] * len(took), rel=1e-12, abs=0)
 
 
 @MANY
@@ -404,4 +404,4 @@ def test_the_timed_step_is_the_steady_state(context: Context, name: str, n_layer
     ends = analytic(schedule, durations(schedule, context.device)).token_end_s
     assert len(ends) >= 20
     steady = np.diff(ends, axis=0)[-12:].mean(axis=0)
-    assert timed == pytest.approx(steady, rel=0.05 if n_layers == 12 and ahead < 3 else 0.2)
+    assert timed == pytest.approx(steady, rel=0.05 if n_layers == 12 and ahead < 3 else 0.2, abs=0)
