@@ -174,10 +174,15 @@ def _simplest(best: Candidate, seconds: float, ranked: Sequence[Candidate], n_ro
 
 
 def pareto_front(ranked: Sequence[Candidate]) -> list[Candidate]:
-    """Non-dominated in latency and bytes outside storage, thinned evenly to a readable number."""
+    """Non-dominated in latency and bytes outside storage, thinned to a readable number.
+
+    Keeps both ends, then whichever is farthest from all kept ones in the logarithms of both.
+    """
     which = front(np.array([c.score_s for c in ranked]), np.array([c.fast_bytes for c in ranked]))
-    if len(which) > PARETO_LIMIT:  # evenly in the logarithm of memory, ends included
-        held = np.log([ranked[i].fast_bytes for i in which])
-        wanted = np.linspace(held[0], held[-1], PARETO_LIMIT)
-        which = which[np.unique([int(np.argmin(np.abs(held - w))) for w in wanted])]
-    return [ranked[i] for i in which]
+    places = np.log([[ranked[i].score_s, ranked[i].fast_bytes] for i in which])
+    places = (places - places.min(axis=0)) / np.maximum(np.ptp(places, axis=0), 1e-12)
+    kept = [0, len(which) - 1] if len(which) > 1 else [0]
+    while len(kept) < min(PARETO_LIMIT, len(which)):
+        distance = np.linalg.norm(places[:, None] - places[None, kept], axis=2).min(axis=1)
+        kept.append(int(np.argmax(distance)))
+    return [ranked[which[i]] for i in sorted(set(kept))]
