@@ -28,7 +28,7 @@ POINTS = 256
 LARGEST_JUMP = 1e-5
 """A change of the time by more than this share of it, over less than HALVINGS allow to see, is a step."""
 HALVINGS = 36
-SIZES_BYTES = (64.0, 64.0 * 2**20)
+SIZES_BYTES = (64.0, 7e7)
 DEPTHS = (1.0, 512.0)
 
 
@@ -102,7 +102,7 @@ class _Probe:
                              f"moves {fastest:.4g} B/s, faster than its rate of {link.rate.value:.4g}")
                 self.smooth(what, by_size, sizes, "request size")
         if storage:
-            for size in (512.0, 4096.0, 65536.0, 2.0**20):
+            for size in (512.0, 4096.0, 65536.0, 1.5e6):
                 def by_depth(x: Array, size: float = size) -> Array:
                     return move(np.full_like(x, size), np.full_like(x, 10_000.0), x)
 
@@ -123,7 +123,7 @@ class _Probe:
         self.require(compute(zero, zero, 0.0)[0] == 0.0, what, "takes time for nothing")
         steps = np.geomspace(1e3, 1e13, POINTS)
         for kernels in (0.0, 8.0):
-            for other in (0.0, 1e6, 1e9):
+            for other in (0.0, 2e6, 2e9):
                 def by_flop(x: Array, kernels: float = kernels, other: float = other) -> Array:
                     return compute(x, np.full_like(x, other), kernels)
 

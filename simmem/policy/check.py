@@ -297,7 +297,7 @@ class _Check:
             s = self.policy.decode(self.context, block, self.rows)
             uses = np.bincount(s.op_class[s.timed], minlength=len(s.classes)).astype(np.float64)
             # Seconds that depend on nothing but what is demanded.
-            seconds = s.flop / 1e12 + s.requests / 1e6 + sum(s.bytes.values(), np.zeros_like(s.flop)) / 1e10
+            seconds = s.flop / 2e12 + s.requests / 2e6 + sum(s.bytes.values(), np.zeros_like(s.flop)) / 1e10
             ends = _times(s, seconds)[1][list(s.token_ends)]
             token = ends[-1] - (ends[-2] if len(ends) > 1 else 0.0)
             totals.append({"flop": uses @ s.flop, "a token's time": token,

@@ -136,7 +136,8 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
     matrix, vector = context.compute_bytes_per_param(agent)
     layers = a.n_layers
     attention, ffn = model.group("attention"), model.group("ffn")
-    norm_params = model.group("norms").vector_params / (layers * a.norms_per_layer + a.final_norm)
+    per_norm = model.group("norms").vector_params / (layers * a.norms_per_layer + a.final_norm)
+    norm_params = per_norm * a.norms_per_layer / 2  # half of a layer's with its attention, half with its FFN
 
     def weights(matrices: float, vectors: float) -> float:
         return matrices * matrix + vectors * vector
@@ -186,7 +187,7 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
     e = a.embedding_dim or a.d_model
     head_matrices = a.vocab * e + (2 * e * a.d_model if e != a.d_model else 0)
     head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * batch * head_matrices,
-                       weights(head_matrices, a.d_model * a.final_norm), HEAD_KERNELS,
+                       weights(head_matrices, per_norm * a.final_norm), HEAD_KERNELS,
                        {ops.memory: demands.head_stream_bytes})
     step = ops.compute("step", OpKind.SYNC, agent, 0.0, 0.0, 1.0) if context.agent(agent).step_overhead else None
     lookup = ops.move("embedding rows", np.full(n_columns, demands.lookup_bytes), np.full(n_columns, float(batch)),

@@ -184,7 +184,8 @@ def test_all_durations_times_c_is_the_makespan_times_c(data: st.DataObject, c: f
     schedule = data.draw(schedules(device))
     took = data.draw(any_durations(schedule))
     slower = Durations(took.occupancy_s * c, took.latency_s * c)
-    assert analytic(schedule, slower).makespan_s == pytest.approx(c * analytic(schedule, took).makespan_s, rel=1e-12, abs=0)
+    expected = c * analytic(schedule, took).makespan_s
+    assert analytic(schedule, slower).makespan_s == pytest.approx(expected, rel=1e-12, abs=0)
     given_s = data.draw(contentions(schedule, device))
     scaled = Contention({k: v / c for k, v in given_s.capacity_bytes_per_s.items()}, given_s.interference,
                         given_s.background, given_s.queue_limit)
