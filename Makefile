@@ -28,7 +28,9 @@ help:
 # ------------------------------------------------------------------------------------- the environment
 
 $(BIN)/python:
-	@[ -n "$(PYTHON)" ] || { echo "simmem needs Python 3.11 or newer; none found as python3 or python3.11 to 3.14" >&2; exit 1; }
+	@$(or $(PYTHON),false) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || { \
+		echo "simmem needs Python 3.11 or newer;" \
+			"$(if $(PYTHON),$(PYTHON) is not one,none found as python3 or python3.11 to 3.14)" >&2; exit 1; }
 	@echo "making $(VENV) with $$($(PYTHON) --version)"
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); exit 1; }
 

@@ -84,7 +84,7 @@ def devices(draw: st.DrawFn, *, energy: bool = False) -> Device:
     storage |= some("request_rate", 1e8, 3e10) | {"block": figure("block", float(2 ** rng.integers(9, 15)))}
     if rng.random() < 0.7:
         storage |= {"best_depth": figure("best_depth", int(rng.integers(1, 128))),
-                    "overload_exponent": float(rng.choice([0.0, 0.2, 1.0]))}
+                    "overload_exponent": figure("overload_exponent", float(rng.choice([0.0, 0.2, 1.0])))}
     if energy:
         storage |= some("energy_per_byte", 1e-11, 1e-8)
     memories, links = {"flash": memory("storage", 1e12)}, {"flash": storage}

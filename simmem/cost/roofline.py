@@ -114,8 +114,8 @@ def storage_seconds_per_request(link: Link, size_bytes: Array | float, depth: Ar
     alone = link.latency.value * _factor(factors, f"link.{name}.latency") + size_bytes / rate
     a = link.request_time.value * _factor(factors, f"link.{name}.request_time")
     b = link.request_rate.value * _factor(factors, f"link.{name}.request_rate")
-    if link.best_depth is not None and link.overload_exponent:
-        a = a * np.maximum(np.asarray(depth) / link.best_depth.value, 1.0) ** link.overload_exponent
+    if link.best_depth is not None and link.overload_exponent is not None:
+        a = a * np.maximum(np.asarray(depth) / link.best_depth.value, 1.0) ** link.overload_exponent.value
     return np.asarray(np.maximum(np.hypot(alone / depth, a + size_bytes / b), size_bytes / rate))
 
 

@@ -13,6 +13,7 @@ from simmem.errors import InfeasiblePlanError, SpecError
 from simmem.planner.bound import lower_bound
 from simmem.planner.candidate import Candidate, blocks, capacity_cut, score, stratified_rows
 from simmem.planner.document import (
+    Alternative,
     Baseline,
     Evidence,
     Fit,
@@ -24,15 +25,25 @@ from simmem.planner.document import (
     WorkloadRef,
 )
 from simmem.planner.explain import reasons
-from simmem.planner.predict import activity_factors, alternative, memory_use, predict, quality_of, token_seconds
+from simmem.planner.predict import alternative, law_factors, memory_use, predict, quality_of, token_seconds
 from simmem.planner.question import FINAL_ROWS, Question, ask
-from simmem.planner.ranking import SCORING_ROWS, Found, objective_value, pareto_front, prove, search
-from simmem.planner.uncertainty import TRACE_FIGURE, uncertain_figures, weakest_kind
+from simmem.planner.ranking import (
+    SCORING_ROWS,
+    Found,
+    choose,
+    event_seconds,
+    is_oracle,
+    pareto_front,
+    prove,
+    search,
+)
+from simmem.planner.uncertainty import uncertain_figures, weakest_kind
 from simmem.policy.base import policies, policy_named
+from simmem.units import format_quantity
 
 __all__ = ["answer", "plan"]
 
-SIDE_ROWS = 2
+SIDE_ROWS = 4
 """Trace tokens that sensitivities, alternatives and the front are run on."""
 SENSITIVITY_CHANGE = 0.1
 
@@ -91,16 +102,15 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
             f"{f.binding_tier} than the {f.context.budget_bytes[f.binding_tier]:.0f} allowed, in the smallest plan "
             f"found ({f.context.workload.weights})", tier=f.binding_tier, missing_bytes=missing)
     ranked = [c for f in found for c in f.ranked]
-    if question.objective == "latency":
-        best, gap = prove(sorted(ranked, key=lambda c: c.score_s), min(f.pruned_s for f in found))
-    else:
-        best, gap = min(ranked, key=lambda c: objective_value(c, question.objective)), float("nan")
+    best, gap = choose(ranked, question.objective, min(f.pruned_s for f in found))
     context = best.context
     rows = stratified_rows(context, best.policy, FINAL_ROWS)
     few = stratified_rows(context, best.policy, SCORING_ROWS)
     predicted = predict(best, rows, interval_rows=few)
     same = next(f for f in found if f.context is context)
     agent = str(best.block.structural["agent"])
+    recommended = Alternative(weights=context.workload.weights, policy=best.policy.name, knobs=best.knobs,
+                              predicted=predicted, memory=memory_use(best), quality=quality_of(best))
     result = Plan(
         device=question.device_name, model=question.model_name,
         workload=WorkloadRef(**{k: getattr(context.workload, k) for k in WorkloadRef.model_fields}),
@@ -109,17 +119,20 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
         feasible=True, policy=PolicyChoice(name=best.policy.name, knobs=best.knobs),
         residency=[Residency(tensors=p.tensors, tier=p.tier, bytes=p.bytes)
                    for p in best.policy.placements(context, best.block)],
-        memory=memory_use(best), predicted=predicted, quality=quality_of(best), bound=lower_bound(context),
+        memory=recommended.memory, predicted=predicted, quality=recommended.quality, bound=lower_bound(context),
         baselines=_baselines(question, same, best, predicted.token_latency_s),
         sensitivity=[] if brief else _sensitivities(question, best, stratified_rows(context, best.policy, SIDE_ROWS)),
         alternatives=[] if brief else [alternative(c, _some(c)) for c in (
-            prove(f.ranked, n_rows=SIDE_ROWS)[0] for f in found if f.context is not context and f.ranked)],
-        pareto=[] if brief else [alternative(c, _some(c)) for c in pareto_front(ranked)],
+            choose(f.ranked, question.objective, n_rows=SIDE_ROWS)[0]
+            for f in found if f.context is not context and f.ranked)],
+        pareto=[] if brief else [
+            alternative(c, _some(c)) if c.block is not best.block else recommended for c in pareto_front(ranked)],
         evidence=Evidence(engine="events", weakest_kind=str(weakest_kind(
             context, agent, uses_trace=best.policy.uses_trace)), cost_model="roofline",
-            search_gap=None if np.isnan(gap) else gap, extrapolating=False),
+            search_gap=gap, extrapolating=False),
         fit=_fit(question, agent), objective=question.objective, engine=question.engine, why=[])
-    return result.model_copy(update={"why": reasons(result, question.device, _notes(best, rows))})
+    return result.model_copy(update={"why": reasons(
+        result, question.device, [*_notes(best, rows), *_set_aside(same, predicted.token_latency_s)])})
 
 
 def _notes(candidate: Candidate, rows: NDArray[np.int64]) -> list[str]:
@@ -131,19 +144,31 @@ def _some(candidate: Candidate) -> NDArray[np.int64]:
     return stratified_rows(candidate.context, candidate.policy, SIDE_ROWS)
 
 
+def _set_aside(same: Found, latency_s: float) -> list[str]:
+    """What would be faster if work were dropped, and why it is not the answer."""
+    if not same.set_aside or same.set_aside[0].score_s >= latency_s:
+        return []
+    fastest = same.set_aside[0]
+    why = ("its trace is an oracle's, which no engine can follow" if is_oracle(fastest) else
+           "it leaves neurons out although all weights fit, and what that costs in quality was not measured")
+    return [f"{fastest.policy.name} would take {format_quantity(fastest.score_s, 's')}, but {why}; "
+            f"--policy {fastest.policy.name} asks for it"]
+
+
 def _baselines(question: Question, same: Found, best: Candidate, latency_s: float) -> list[Baseline]:
     """The best of every other policy at the same precision and budget, and nothing resident at all."""
-    found: dict[str, float] = {}
-    for candidate in same.ranked:
-        name = candidate.policy.name
-        if name != best.policy.name and name not in found:
-            found[name] = candidate.score_s
+    others = [*same.ranked, *same.set_aside]
     missing = [n for n in policies() if n not in question.policy_names]
     if missing:
-        others = search(replace(question, policy_names=tuple(missing), fixed={}, defaults=False),
-                        best.context.workload.weights)
-        for candidate in others.ranked:
-            found.setdefault(candidate.policy.name, candidate.score_s)
+        more = search(replace(question, policy_names=tuple(missing), fixed={}, defaults=False),
+                      best.context.workload.weights)
+        others += [*more.ranked, *more.set_aside]
+    found: dict[str, float] = {}
+    for name in policies():
+        mine = [c for c in others if c.policy.name == name]
+        if mine and name != best.policy.name:
+            fastest, _ = prove(mine, n_rows=SIDE_ROWS)
+            found[name + (", by an oracle" if is_oracle(fastest) else "")] = event_seconds(fastest, SCORING_ROWS)
     naive = _naive_seconds(question, best.context.workload.weights, str(best.block.structural["agent"]))
     if naive is not None:
         found["stream, nothing resident"] = naive
@@ -189,20 +214,21 @@ def _sensitivities(question: Question, best: Candidate, rows: NDArray[np.int64])
         if abs(change) >= 1e-4:
             found.append(Sensitivity(figure=key, change=SENSITIVITY_CHANGE, token_latency_change=change,
                                      replanned=False))
-    activity = activity_factors(best, rows)
-    if activity is not None:
-        trace = best.context.trace
-        assert trace is not None and trace.header.active_share_range is not None
-        share = trace.header.active_share_range[1] / float(trace.header.statistics["active_share"]["value"])
-        found.append(Sensitivity(figure=TRACE_FIGURE, change=share - 1.0, token_latency_change=activity[1] - 1.0,
-                                 replanned=False))
-    for tier in {best.context.memory_of(agent), best.context.device.host}:
+    for name, (_, at_high) in law_factors(best).items():
+        replayed = best.context.replayed
+        assert replayed is not None
+        found.append(Sensitivity(figure=f"trace.{name}", change=replayed.ends[name][2] - 1.0,
+                                 token_latency_change=at_high - 1.0, replanned=False))
+    for tier in dict.fromkeys((best.context.memory_of(agent), best.context.device.host)):
         budget = dict(question.budget_bytes)
         budget[tier] *= 1.0 + SENSITIVITY_CHANGE
         again = search(replace(question, budget_bytes=budget), best.context.workload.weights)
         if again.ranked:
-            other, _ = prove(again.ranked, n_rows=len(rows))
+            other, _ = choose(again.ranked, question.objective, n_rows=len(rows))
             change = token_seconds(other, stratified_rows(other.context, other.policy, len(rows))) / base - 1.0
+            # The plan at hand still fits a larger budget, so a replanned one that is no better is not taken.
+            if question.objective == "latency":
+                change = min(change, 0.0)
             found.append(Sensitivity(figure=f"memory.{tier}.budget", change=SENSITIVITY_CHANGE,
-                                     token_latency_change=min(change, 0.0), replanned=True))
-    return sorted(found, key=lambda s: -abs(s.token_latency_change))
+                                     token_latency_change=change, replanned=True))
+    return sorted(found, key=lambda s: (-abs(s.token_latency_change), s.figure))

@@ -25,11 +25,11 @@ from simmem.sim.timeline import BREAKDOWN, Timeline, critical_path
 from simmem.spec.device import Device
 
 __all__ = [
-    "activity_factors",
     "alternative",
     "column_of",
     "energy_j",
     "interval_factors",
+    "law_factors",
     "load_seconds",
     "memory_use",
     "predict",
@@ -73,25 +73,28 @@ def interval_factors(candidate: Candidate, rows: NDArray[np.int64]) -> tuple[flo
     factors = {k: np.tile(v, len(rows)) for k, v in drawn.items()}
     seconds = analytic(schedule, durations(schedule, context.device, factors)).token_s
     ratio = seconds.reshape(len(rows), n).mean(axis=0) / base
-    activity = activity_factors(candidate, rows)
-    if activity is not None:
-        ratio = ratio * spread(TRACE_STREAM, min(activity[0], 1.0), max(activity[1], 1.0), n)
+    for index, (low_factor, high_factor) in enumerate(law_factors(candidate).values()):
+        ratio = ratio * spread(TRACE_STREAM + index, low_factor, high_factor, n)
     low, high = np.quantile(ratio, [0.05, 0.95])
     return float(low), float(high)
 
 
-def activity_factors(candidate: Candidate, rows: NDArray[np.int64]) -> tuple[float, float] | None:
-    """Latency at the ends of the range of the trace's activity over the nominal one, the plan held fixed.
+def law_factors(candidate: Candidate) -> dict[str, tuple[float, float]]:
+    """Latency with each figure of a synthetic trace's law at the ends of its range over the nominal one.
 
-    None where the activity is not an estimate, or the policy does not look at it.
+    The plan is held fixed. Empty for a captured trace, and where the policy does not look at the trace.
     """
-    ends = candidate.context.activity_range
-    if ends is None or not candidate.policy.uses_trace:
-        return None
-    seconds = [_analytic_seconds(replace(candidate, context=replace(candidate.context, replayed=end)), rows)
-               for end in ends]
-    base = _analytic_seconds(candidate, rows)
-    return seconds[0] / base, seconds[1] / base
+    replayed = candidate.context.replayed
+    if replayed is None or not candidate.policy.uses_trace:
+        return {}
+    found = {}
+    for name, (_, low, _, high) in replayed.ends.items():
+        rows = np.arange(len(low.table.tokens))
+        base = _analytic_seconds(candidate, rows)
+        at = [_analytic_seconds(replace(candidate, context=replace(candidate.context, replayed=end)), rows)
+              for end in (low, high)]
+        found[name] = (at[0] / base, at[1] / base)
+    return found
 
 
 def _analytic_seconds(candidate: Candidate, rows: NDArray[np.int64]) -> float:
@@ -155,7 +158,7 @@ def predict(candidate: Candidate, rows: NDArray[np.int64], *, interval_rows: NDA
         bytes_written_per_token=0.0,
         cache={k: CacheUse(**v) for k, v in report["cache"].items()},
         active_share=report["active_share"],
-        energy_j_per_token=_mean_energy([energy_j(context.device, t.schedule, mean) for t in runs]),
+        energy_j_per_token=_mean_energy([energy_j(context.device, t.schedule, mean) for t in runs], workload.batch),
     )
 
 
@@ -165,9 +168,9 @@ def _requests(run: Timeline, link: str) -> float:
     return float(sum(uses[k] * s.requests[k, 0] for k, c in enumerate(s.classes) if c.link == link))
 
 
-def _mean_energy(tokens_j: list[float | None]) -> float | None:
-    known = [j for j in tokens_j if j is not None]
-    return float(np.mean(known)) if len(known) == len(tokens_j) else None
+def _mean_energy(steps_j: list[float | None], batch: int) -> float | None:
+    known = [j for j in steps_j if j is not None]
+    return float(np.mean(known)) / batch if len(known) == len(steps_j) else None
 
 
 def energy_j(device: Device, schedule: Schedule, token_s: float) -> float | None:
@@ -202,9 +205,9 @@ def quality_of(candidate: Candidate) -> QualityCost:
     report = candidate.policy.report(candidate.context, candidate.block, rows)
     native = candidate.context.model.native_precision
     weights = candidate.context.workload.weights
-    lossless = weights in (native, "fp32", "fp16", "bf16")
-    if not lossless:
-        return QualityCost(perplexity_ratio=None, source=f"the cost of {weights} weights was not measured")
+    for what, precision in (("weights", weights), ("keys and values", candidate.context.workload.kv)):
+        if precision not in (native, "fp32", "fp16", "bf16"):
+            return QualityCost(perplexity_ratio=None, source=f"the cost of {precision} {what} was not measured")
     return QualityCost(perplexity_ratio=report["perplexity_ratio"], source=report["quality_source"])
 
 

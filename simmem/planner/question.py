@@ -13,7 +13,7 @@ from simmem.spec.device import Device, load_device
 from simmem.spec.model import Model, load_model
 from simmem.spec.precision import PRECISIONS
 from simmem.spec.workload import Workload
-from simmem.trace import open_trace
+from simmem.trace import Trace, open_trace
 from simmem.units import format_quantity, parse_quantity
 
 __all__ = ["FINAL_ROWS", "OBJECTIVES", "Question", "ask"]
@@ -21,6 +21,8 @@ __all__ = ["FINAL_ROWS", "OBJECTIVES", "Question", "ask"]
 OBJECTIVES = ("latency", "throughput", "energy", "memory")
 FINAL_ROWS = 64
 """Trace tokens that the answer is run on."""
+VARIED_ROWS = 8
+"""Trace tokens of a trace with another law, for intervals."""
 
 
 @dataclass(frozen=True)
@@ -39,14 +41,14 @@ class Question:
     fixed: Mapping[str, object]
     objective: str = "latency"
     engine: str | None = None
-    activity_range: tuple[Replayed, Replayed] | None = None
+    open_choice: bool = True
+    """No policy was named: then work is only dropped where the dense model does not fit, and never by an oracle."""
     defaults: bool = False
     """Knobs that are not named take their default (published configurations)."""
 
     def context(self, weights: str) -> Context:
         """Everything a policy needs at one precision."""
-        return Context(self.device, self.model, self.workload.at(weights), self.replayed, self.budget_bytes,
-                       self.activity_range)
+        return Context(self.device, self.model, self.workload.at(weights), self.replayed, self.budget_bytes)
 
 
 def ask(
@@ -92,25 +94,24 @@ def ask(
         if runs and defaults:  # the stack is known to run this precision on one unit
             fixed.setdefault("agent", runs[0])
         spec_device = spec_device.with_engine(engine)
-    replayed, activity_range = _replays(trace, spec_model, batch)
-    return Question(device, model, spec_device, spec_model, replayed, workload, precisions,
-                    _budgets(spec_device, dram, vram), names, fixed, objective, engine, activity_range,
-                    defaults)
+    return Question(device, model, spec_device, spec_model, _replay(trace, spec_model, batch), workload, precisions,
+                    _budgets(spec_device, dram, vram), names, fixed, objective, engine, policy is None, defaults)
 
 
-def _replays(name: str | None, model: Model, batch: int) -> tuple[Replayed | None, tuple[Replayed, Replayed] | None]:
-    """The trace, and where its activity is an estimate the trace at the ends of its 90 % range."""
+def _replay(name: str | None, model: Model, batch: int) -> Replayed | None:
+    """The trace to plan with; a synthetic one can be varied within what is known of its law."""
     opened = open_trace(name, model, batch=batch, n_tokens=MAX_WINDOW + FINAL_ROWS)
-    if opened is None:
-        return None, None
-    share = opened.header.active_share_range
-    if share is None:
-        return Replayed(opened), None
-    nominal = float(opened.header.statistics["active_share"]["value"])
-    low, high = (open_trace(name, model, batch=batch, n_tokens=MAX_WINDOW + FINAL_ROWS, activity=end / nominal)
-                 for end in share)
-    assert low is not None and high is not None
-    return Replayed(opened), (Replayed(low), Replayed(high))
+    if opened is None or opened.header.kind != "synthetic":
+        return Replayed(opened) if opened else None
+
+    def vary(figure: str, factor: float) -> Trace:
+        activity, concentration = (factor, 1.0) if figure == "active_share" else (1.0, factor)
+        other = open_trace(name, model, batch=batch, n_tokens=MAX_WINDOW + VARIED_ROWS, activity=activity,
+                           concentration=concentration)
+        assert other is not None
+        return other
+
+    return Replayed(opened, vary)
 
 
 def _budgets(device: Device, dram: str | float | None, vram: str | float | None) -> dict[str, float]:

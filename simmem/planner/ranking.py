@@ -21,7 +21,17 @@ from simmem.planner.question import Question
 from simmem.policy.base import Policy, policy_named
 from simmem.policy.context import Context
 
-__all__ = ["SCORING_ROWS", "Found", "objective_value", "pareto_front", "prove", "search"]
+__all__ = [
+    "SCORING_ROWS",
+    "Found",
+    "choose",
+    "event_seconds",
+    "is_oracle",
+    "objective_value",
+    "pareto_front",
+    "prove",
+    "search",
+]
 
 SCORING_ROWS = 8
 """Trace tokens that survivors are scored on."""
@@ -43,6 +53,8 @@ class Found:
 
     context: Context
     ranked: tuple[Candidate, ...]
+    set_aside: tuple[Candidate, ...]
+    """Candidates that drop work where they need not, or that no engine could run (oracles), best first."""
     binding_tier: str | None
     missing_bytes: float
     pruned_s: float = float("inf")
@@ -55,9 +67,10 @@ def search(question: Question, weights: str) -> Found:
     ranked: list[Candidate] = []
     nearest: tuple[float, str] | None = None
     floor = {name: agent_bound(context, name, any_token=True).token_latency_s for name in context.device.agent}
-    fastest = pruned = float("inf")
+    pruned = float("inf")
     for name in question.policy_names:
         policy = policy_named(name)
+        fastest = float("inf")  # within a policy: the best of each is wanted, if only to compare with
         pool: list[Candidate] = []
         for block in blocks(policy, context, question.fixed, defaults=question.defaults):
             # Nothing this agent could do is as fast as what was already found: the whole block is out. Sharing may
@@ -73,17 +86,36 @@ def search(question: Question, weights: str) -> Found:
             kept = np.flatnonzero(cut.fits)
             block, held = block.only(kept), cut.fast_bytes[kept]
             seconds = score(policy, context, block, stratified_rows(context, policy, 1))
+            fastest = min(fastest, float(seconds.min()))
             lean = front(seconds, held)
             lean = lean[np.unique(np.linspace(0, len(lean) - 1, min(len(lean), FRONT_SURVIVORS)).astype(np.int64))]
             best = np.argsort(seconds, kind="stable")[:SURVIVORS]
             chosen = list(dict.fromkeys([*best.tolist(), *lean.tolist()]))
             pool += [Candidate(context, policy, block.only(np.array([i])), float(seconds[i]), float(held[i]))
                      for i in chosen]
-        scored = _rescore(policy, context, _thin(pool))
-        fastest = min([fastest, *(c.score_s for c in scored)])
-        ranked += scored
+        ranked += _rescore(policy, context, _thin(pool))
     ranked.sort(key=lambda c: c.score_s)
-    return Found(context, tuple(ranked), nearest[1] if nearest else None, nearest[0] if nearest else 0.0, pruned)
+    fits = any(c.policy.name == "resident" for c in ranked)
+    aside = [c for c in ranked if question.open_choice and c.policy.uses_trace and (fits or is_oracle(c))]
+    return Found(context, tuple(c for c in ranked if c not in aside), tuple(aside), nearest[1] if nearest else None,
+                 nearest[0] if nearest else 0.0, pruned)
+
+
+def is_oracle(candidate: Candidate) -> bool:
+    """Whether no engine could have known which units a token needs before it read them."""
+    return candidate.knobs.get("predictor") == "oracle"
+
+
+def choose(ranked: Sequence[Candidate], objective: str, pruned_s: float = float("inf"), n_rows: int = SCORING_ROWS
+           ) -> tuple[Candidate, float | None]:
+    """The best by an objective, and the search gap where the objective is latency."""
+    if objective == "latency":
+        return prove(sorted(ranked, key=lambda c: c.score_s), pruned_s, n_rows)
+    values = [(value, index) for index, c in enumerate(ranked) if (value := objective_value(c, objective)) is not None]
+    if not values:
+        raise SpecError(f"{ranked[0].context.device.name} has no sourced energy figures for every part of any plan",
+                        key="--objective")
+    return ranked[min(values)[1]], None
 
 
 def _thin(pool: list[Candidate]) -> list[Candidate]:
@@ -113,11 +145,9 @@ def _rescore(policy: Policy, context: Context, pool: list[Candidate]) -> list[Ca
     return result
 
 
-def objective_value(candidate: Candidate, objective: str) -> tuple[float, float]:
-    """What is minimised, and the tie-break."""
+def objective_value(candidate: Candidate, objective: str) -> tuple[float, float] | None:
+    """What is minimised, and the tie-break; None where a figure it needs has no source."""
     workload = candidate.context.workload
-    if objective == "latency":
-        return candidate.score_s, 0.0
     if objective == "memory":
         return candidate.fast_bytes, candidate.score_s
     if objective == "throughput":
@@ -126,10 +156,7 @@ def objective_value(candidate: Candidate, objective: str) -> tuple[float, float]
     rows = stratified_rows(candidate.context, candidate.policy, SCORING_ROWS)
     energy = energy_j(candidate.context.device, candidate.policy.decode(candidate.context, candidate.block, rows),
                       candidate.score_s)
-    if energy is None:
-        raise SpecError(f"{candidate.context.device.name} has no sourced energy figures for every part of the plan",
-                        key="--objective")
-    return energy, candidate.score_s
+    return None if energy is None else (energy, candidate.score_s)
 
 
 def prove(ranked: Sequence[Candidate], pruned_s: float = float("inf"), n_rows: int = SCORING_ROWS
@@ -149,13 +176,13 @@ def prove(ranked: Sequence[Candidate], pruned_s: float = float("inf"), n_rows: i
         if index == EVENT_LIMIT:
             unrun_s = candidate.score_s
             break
-        took = _event_seconds(candidate, n_rows)
+        took = event_seconds(candidate, n_rows)
         if took < seconds:
             seconds, best = took, candidate
     return _simplest(best, seconds, ranked, n_rows), max(1.0 - min(unrun_s, pruned_s) / seconds, 0.0)
 
 
-def _event_seconds(candidate: Candidate, n_rows: int) -> float:
+def event_seconds(candidate: Candidate, n_rows: int) -> float:
     """Mean latency of some tokens by the event engine. [s]"""
     return token_seconds(candidate, stratified_rows(candidate.context, candidate.policy, n_rows))
 
@@ -168,7 +195,7 @@ def _simplest(best: Candidate, seconds: float, ranked: Sequence[Candidate], n_ro
             break
         tie = next((c for c in ranked if c.policy.name == name and c.context is best.context
                     and c.score_s <= limit), None)
-        if tie is not None and _event_seconds(tie, n_rows) <= limit:
+        if tie is not None and event_seconds(tie, n_rows) <= limit:
             return tie
     return best
 

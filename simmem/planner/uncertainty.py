@@ -15,7 +15,6 @@ from simmem.spec.base import Figure, Kind, kind_factors, weakest
 
 __all__ = [
     "N_DRAWS",
-    "TRACE_FIGURE",
     "TRACE_STREAM",
     "curve_factors",
     "draws",
@@ -30,9 +29,8 @@ N_DRAWS = 256
 SEED = 20231221
 Z_90 = 1.6448536269514722
 """95 % quantile of the standard normal: the edges of a central 90 % range."""
-TRACE_FIGURE = "trace.active_share"
 TRACE_STREAM = 10_000
-"""Seed of the draws of the trace's activity, apart from those of the device's figures."""
+"""Seed of the draws of the trace's law, apart from those of the device's figures."""
 _CURVE = {"rate": 1, "request_rate": 1, "latency": -1, "request_time": -1}
 
 
@@ -62,17 +60,29 @@ def draws(context: Context, n: int = N_DRAWS) -> dict[str, Array]:
     """Factors of `n` draws for every figure, key → (n,). The seed is fixed: same plan, same answer."""
     found: dict[str, Array] = {}
     for index, (key, (low, high)) in enumerate(sorted(uncertain_figures(context).items())):
+        if key.startswith("link."):  # one curve: its figures move together, each within its own range
+            _, name, _ = key.split(".")
+            for field, sign in _CURVE.items():
+                figure = getattr(context.device.link[name], field)
+                if figure is not None:
+                    low, high = figure.factors
+                    found[f"link.{name}.{field}"] = (spread(index, low, high, n) if sign > 0
+                                                     else spread(index, high, low, n))
+            continue
         factor = spread(index, low, high, n)
         if key.endswith("_share"):  # no draw makes a share exceed one
             part, name, field = key.split(".", 2)
             value = getattr(getattr(context.device, part)[name], field).value
             factor = np.minimum(factor, 1.0 / value)
-        found.update({k: np.asarray(v) for k, v in curve_factors(key, factor).items()})
+        found[key] = factor
     return found
 
 
 def spread(stream: int, low: float | Array, high: float | Array, n: int = N_DRAWS) -> Array:
-    """`n` factors whose 90 % range is [low, high], median 1: log-normal on each side. `stream` seeds them."""
+    """`n` factors with median 1 and `low`, `high` as 5 % and 95 % quantiles: log-normal on each side.
+
+    `stream` seeds them; with low and high exchanged the same draws go the other way.
+    """
     z = np.random.default_rng([SEED, stream]).standard_normal(n) / Z_90
     return np.asarray(np.where(z >= 0, high ** np.maximum(z, 0.0), low ** np.maximum(-z, 0.0)))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -30,11 +30,26 @@ class Replayed:
     """A trace and what its replay counted; shared by every context that plans with it."""
 
     trace: Trace
+    vary: Callable[[str, float], Trace] | None = None
+    """The trace with one figure of its law ("active_share", "concentration") times a factor, for a synthetic one."""
+    longest_window: int | None = None
 
     @cached_property
     def table(self) -> WindowTable:
         """Active, held and new units under every window up to MAX_WINDOW."""
-        return window_table(self.trace, min(MAX_WINDOW, self.trace.header.n_tokens // 3))
+        longest = self.longest_window or min(MAX_WINDOW, self.trace.header.n_tokens // 3)
+        return window_table(self.trace, longest)
+
+    @cached_property
+    def ends(self) -> dict[str, tuple[float, Replayed, float, Replayed]]:
+        """Per figure of the trace's law: low factor, the trace there, high factor, the trace there (90 % range)."""
+        found: dict[str, tuple[float, Replayed, float, Replayed]] = {}
+        if self.vary is not None:
+            for name in ("active_share", "concentration"):
+                low, high = self.trace.header.statistics[name]["factors"]
+                at = [Replayed(self.vary(name, f), longest_window=self.table.max_window) for f in (low, high)]
+                found[name] = (low, at[0], high, at[1])
+        return found
 
     @cached_property
     def _runs(self) -> dict[tuple[int, int, tuple[int, ...]], tuple[NDArray[np.int64], NDArray[np.int64]]]:
@@ -69,8 +84,6 @@ class Context:
     workload: Workload
     replayed: Replayed | None
     budget_bytes: Mapping[str, float]
-    activity_range: tuple[Replayed, Replayed] | None = None
-    """The trace at the ends of the 90 % range of its activity, where that is an estimate."""
 
     @cached_property
     def memo(self) -> dict[tuple[object, ...], Any]:

@@ -22,6 +22,7 @@ __all__ = [
     "Bytes",
     "BytesPerSecond",
     "Count",
+    "Exponent",
     "Figure",
     "FlopPerSecond",
     "Frozen",
@@ -161,6 +162,18 @@ class Ratio(Figure):
     def factors(self) -> tuple[float, float]:
         low, high = super().factors
         return low, min(high, 1 / self.value)
+
+
+class Exponent(Figure):
+    """The power of a law, from 0 to 2."""
+
+    dimension = "ratio"
+
+    @model_validator(mode="after")
+    def _is_mild(self) -> Exponent:
+        if not 0 <= self.value <= 2:
+            raise ValueError(f"an exponent lies in [0, 2], found {self.value:g}")
+        return self
 
 
 class Count(Figure):

@@ -18,6 +18,7 @@ from simmem.spec.base import (
     Bytes,
     BytesPerSecond,
     Count,
+    Exponent,
     Figure,
     FlopPerSecond,
     Frozen,
@@ -93,7 +94,7 @@ class Link(Frozen):
     """storage: reads round up to this. [B]"""
     best_depth: Count | None = None
     """storage: beyond this many threads, more threads lose throughput."""
-    overload_exponent: float = Field(default=0.0, ge=0.0, le=2.0)
+    overload_exponent: Exponent | None = None
     """storage: request time grows as (depth / best_depth) to this power past `best_depth`."""
     sustained_rate: BytesPerSecond | None = None
     energy_per_byte: JoulePerByte | None = None

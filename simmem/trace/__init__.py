@@ -39,7 +39,7 @@ __all__ = [
 
 
 def open_trace(name_or_path: str | None, model: Model, *, batch: int = 1, n_tokens: int | None = None,
-               activity: float = 1.0) -> Trace | None:
+               activity: float = 1.0, concentration: float = 1.0) -> Trace | None:
     """The trace to plan a model with.
 
     Parameters
@@ -49,7 +49,7 @@ def open_trace(name_or_path: str | None, model: Model, *, batch: int = 1, n_toke
     batch : sequences decoded together; a step touches the union of what they use.
     n_tokens : decode steps: what a synthetic trace draws, and at most what is taken of a captured one.
 
-    activity : factor on a synthetic trace's active share; a captured one has the activity it has.
+    activity, concentration : factors on the law of a synthetic trace; a captured one is as it is.
 
     Returns
     -------
@@ -66,7 +66,8 @@ def open_trace(name_or_path: str | None, model: Model, *, batch: int = 1, n_toke
     if path is None:
         return None
     if path.suffix == ".toml":
-        return generate(load_synthetic(path), model, n_tokens, batch=batch, activity=activity)
+        return generate(load_synthetic(path), model, n_tokens, batch=batch, activity=activity,
+                        concentration=concentration)
     if path.suffix != ".safetensors":
         raise TraceError("is not a trace: expected a .safetensors file or the .toml file of a synthetic trace",
                          file=str(path))

@@ -210,7 +210,7 @@ _MOST_ACTIVE = 0.999
 
 
 def generate(spec: SyntheticSpec, model: Model, n_tokens: int | None = None, *, batch: int = 1,
-             activity: float = 1.0) -> Trace:
+             activity: float = 1.0, concentration: float = 1.0) -> Trace:
     """A synthetic trace with the shape of `model`'s FFN.
 
     The same spec, model and batch give the same trace, and the first n tokens do not depend on how many are
@@ -222,14 +222,15 @@ def generate(spec: SyntheticSpec, model: Model, n_tokens: int | None = None, *, 
     n_tokens : decode steps; the spec's own number when None.
     batch : sequences decoded together; a step touches the union of what they use. Under the law that is one draw
         with 1 - (1-p)^batch, so it costs no more than a batch of 1.
-    activity : factor on the mean active share, to ask what another activity within its range would do.
+    activity, concentration : factors on the mean active share and on s, to ask what others in their range do.
     """
     n_tokens = spec.n_tokens if n_tokens is None else n_tokens
     if n_tokens < 1 or batch < 1:
         raise SpecError(f"found {n_tokens} tokens and a batch of {batch}, expected at least 1", key=spec.name)
     a = model.architecture
     units_seed, tokens_seed = np.random.SeedSequence(spec.seed).spawn(2)
-    thresholds = _thresholds(spec, model, np.random.Generator(np.random.PCG64(units_seed)), batch, activity)
+    thresholds = _thresholds(spec, model, np.random.Generator(np.random.PCG64(units_seed)), batch, activity,
+                             concentration)
     draw = np.random.PCG64(tokens_seed)
     active = np.empty((n_tokens, a.n_layers, -(-a.d_ff // 8)), np.uint8)
     fires = np.empty(thresholds.shape, np.bool_)
@@ -244,15 +245,16 @@ def generate(spec: SyntheticSpec, model: Model, n_tokens: int | None = None, *, 
         threshold=spec.threshold, records=spec.records, predictor=spec.predictor,
         predictor_params_share=spec.predictor_params_share.value, quality=spec.quality,
         text="none: drawn from the law fitted to published statistics",
-        statistics=_provenance(spec, share, batch), weakest_kind=kind.value, active_share_range=share_range,
+        statistics=_provenance(spec, share, share_range, batch), weakest_kind=kind.value,
+        active_share_range=share_range,
         digest=digest_of(active))
     return Trace(header, active)
 
 
-def _thresholds(spec: SyntheticSpec, model: Model, rng: np.random.Generator, batch: int, activity: float
-                ) -> NDArray[np.uint16]:
+def _thresholds(spec: SyntheticSpec, model: Model, rng: np.random.Generator, batch: int, activity: float,
+                concentration: float) -> NDArray[np.uint16]:
     """(n_layers, n_units) of 65536ths: a unit is used when 16 random bits are below. Frequent units lie anywhere."""
-    a, s = model.architecture, spec.concentration.value
+    a, s = model.architecture, spec.concentration.value * concentration
     p = np.empty((a.n_layers, a.d_ff))
     shares = np.minimum(spec.share_by_layer(model.name, a.n_layers) * activity, _MOST_ACTIVE)
     for row, m in zip(p, shares.tolist(), strict=True):
@@ -263,13 +265,16 @@ def _thresholds(spec: SyntheticSpec, model: Model, rng: np.random.Generator, bat
     return rng.permuted(rounded, axis=1, out=rounded)
 
 
-def _provenance(spec: SyntheticSpec, share: float, batch: int) -> dict[str, Any]:
+def _provenance(spec: SyntheticSpec, share: float, share_range: tuple[float, float] | None, batch: int
+                ) -> dict[str, Any]:
+    low, high = spec.active_share.factors if share_range is None else (end / share for end in share_range)
     return {
         "law": "unit i used by each token independently with p_i ~ Beta(m s, (1-m) s)",
         "published_for": spec.published_for,
-        "active_share": {"value": share, "kind": spec.active_share.kind.value, "source": spec.active_share.source},
+        "active_share": {"value": share, "kind": spec.active_share.kind.value, "source": spec.active_share.source,
+                         "factors": [low, high]},
         "concentration": {"value": spec.concentration.value, "kind": spec.concentration.kind.value,
-                          "source": spec.concentration.source},
+                          "source": spec.concentration.source, "factors": list(spec.concentration.factors)},
         "predictor_params_share": {"value": spec.predictor_params_share.value,
                                    "kind": spec.predictor_params_share.kind.value,
                                    "source": spec.predictor_params_share.source},

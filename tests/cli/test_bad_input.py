@@ -210,7 +210,7 @@ CASES = [
     knob("infinite", "stream", ("resident_ratio=inf",), "resident_ratio", "finite"),
     knob("not whole", "flash-window", ("window_tokens=1.5",), "window_tokens", "whole number"),
     knob("neither true nor false", "flash-window", ("bundled=perhaps",), "bundled", "true or false"),
-    knob("of a wrong choice", "flash-window", ("agent=npu",), "agent", "cpu, gpu"),
+    knob("of a wrong choice", "flash-window", ("agent=npu",), "agent", "gpu, cpu"),
     knob("without a policy", "", ("window_tokens=3",), "--set", "--policy"),
     knob("set twice", "stream", ("resident_ratio=0.5", "resident_ratio=0.6"), "--set", "twice"),
     knob("without a value", "stream", ("resident_ratio",), "--set", "KNOB=VALUE"),

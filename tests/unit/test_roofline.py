@@ -39,7 +39,7 @@ DEVICE = Device.model_validate({
                       "op_overhead": fig("5 us"), "step_overhead": fig("1 ms")}},
     "link": {"flash": {"kind": "storage", "source": "flash", "target": "dram", "rate": fig("4 GB/s"),
                        "latency": fig("96 us"), "request_time": fig("3 us"), "request_rate": fig("8 GB/s"),
-                       "block": fig("4 KiB"), "best_depth": fig(16), "overload_exponent": 0.5},
+                       "block": fig("4 KiB"), "best_depth": fig(16), "overload_exponent": fig(0.5)},
              "h2d": {"kind": "copy", "source": "dram", "target": "vram", "rate": fig("20 GB/s"),
                      "latency": fig("8 us")}}})
 
@@ -170,7 +170,7 @@ def test_the_storage_surface_rises_with_size_and_with_depth_up_to_its_best(devic
     assert (np.diff(surface, axis=0) >= -1e-12 * surface[1:]).all()
     assert (np.diff(surface, axis=1) >= -1e-12 * surface[:, 1:]).all()
     assert (surface <= link.rate.value * (1 + 1e-12)).all()
-    if link.best_depth and link.overload_exponent:
+    if link.best_depth and link.overload_exponent and link.overload_exponent.value:
         past = storage_throughput(link, sizes, np.geomspace(1, 8, 30)[None, :] * 1e3 * best_depth_of(device))
         assert (np.diff(past, axis=1) <= 1e-12 * past[:, 1:]).all(), "far past its best, more readers never help"
 

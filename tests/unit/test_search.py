@@ -26,7 +26,7 @@ from simmem.planner.question import Question
 from simmem.planner.ranking import SCORING_ROWS
 from simmem.policy.base import policies, policy_named
 from simmem.policy.context import Context, Replayed
-from simmem.policy.families import flash_window, stream
+from simmem.policy.families import _dense, flash_window, stream
 from simmem.spec.model import load_model
 from simmem.trace import open_trace
 from tests.strategies import contexts, rows_of, same_knobs
@@ -39,15 +39,15 @@ PRECISIONS = ("fp16", "int4")
 @contextmanager
 def tiny_grid() -> Iterator[None]:
     """Few enough candidates that no filter has anything to drop."""
-    with (patch.object(stream, "RATIO_STEP", 1 / 3), patch.object(stream, "READER_THREADS", (4, 32)),
-          patch.object(flash_window, "READER_THREADS", (8,)), patch.object(flash_window, "WINDOWS", (0, 2)),
+    with (patch.object(stream, "RATIO_STEP", 1 / 3), patch.object(_dense, "READER_THREADS", (8,)),
+          patch.object(flash_window, "WINDOWS", (0, 2)),
           patch.object(ranking, "SURVIVORS", 1000), patch.object(ranking, "FRONT_SURVIVORS", 1000)):
         yield
 
 
 def question_of(context: Context, **given: object) -> Question:
     q = Question("device", "model", context.device, context.model, context.replayed, context.workload, PRECISIONS,
-                 context.budget_bytes, tuple(policies()), {})
+                 context.budget_bytes, tuple(policies()), {}, open_choice=False)
     return replace(q, **given)  # type: ignore[arg-type]
 
 
@@ -161,7 +161,7 @@ def stub(policy: str, score_s: float, event_s: float) -> Candidate:
 ])
 def test_the_proof_by_hand(ranked: list[tuple[str, float, float]], pruned_s: float, limit: int,
                            expected: tuple[str, float]) -> None:
-    by_hand = patch.object(ranking, "_event_seconds", lambda c, n_rows: c.event_s)
+    by_hand = patch.object(ranking, "event_seconds", lambda c, n_rows: c.event_s)
     with by_hand, patch.object(ranking, "EVENT_LIMIT", limit):
         best, gap = ranking.prove([stub(*r) for r in ranked], pruned_s)
     assert (best.policy.name, pytest.approx(gap)) == expected

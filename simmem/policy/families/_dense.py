@@ -18,6 +18,7 @@ __all__ = [
     "dense_footprint",
     "dense_placements",
     "dense_report",
+    "depths",
     "resident_share",
     "source_tier",
     "streamed",
@@ -26,12 +27,20 @@ __all__ = [
 Array = NDArray[np.float64]
 
 READER_THREADS = (4, 8, 16, 32, 64)
-"""Depths that are searched; any number may be set."""
+"""Depths that are searched beside the storage's own best one; any number may be set."""
+
+
+def depths(context: Context) -> tuple[int, ...]:
+    """Reads in flight that are searched on a device."""
+    best = context.storage_link[1].best_depth
+    return tuple(sorted({*READER_THREADS, *(() if best is None else (int(best.value),))}))
 
 
 def agent_knob(context: Context) -> Knob:
     """Which unit computes; searched unless named."""
-    return Knob("agent", "structural", tuple(context.device.agent), "which unit computes the layers")
+    agents = context.device.agent
+    fastest_first = tuple(sorted(agents, key=lambda name: -agents[name].rate.value * agents[name].rate_share.value))
+    return Knob("agent", "structural", fastest_first, "which unit computes the layers")
 
 
 def source_tier(context: Context, block: Block) -> str:
@@ -113,6 +122,9 @@ def dense_placements(context: Context, block: Block) -> list[Placement]:
         found.append(Placement("staging buffers", fast, staging))
         if _passes_host(context, block):
             found.append(Placement("staging buffers", context.device.host, staging))
+    listed = sum(p.bytes for p in found if p.tier == context.device.storage)
+    if listed < context.total_bytes:
+        found.append(Placement("copy of what is resident", context.device.storage, context.total_bytes - listed))
     found.append(Placement("keys and values", fast, context.kv_bytes))
     found.append(Placement("activations", fast, context.working_bytes))
     return found

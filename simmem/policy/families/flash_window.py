@@ -12,6 +12,7 @@ a new row is appended, two row copies a new row, each read once and written once
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +21,7 @@ from numpy.typing import NDArray
 
 from simmem.policy.base import Block, Knob, KnobValue, Placement, register
 from simmem.policy.context import Context
-from simmem.policy.families._dense import READER_THREADS, agent_knob
+from simmem.policy.families._dense import agent_knob, depths
 from simmem.policy.layers import Demands, UnitDemands, decode_schedule, prefill_schedule
 from simmem.schedule import Schedule
 from simmem.trace.replay import shrink_to_capacity
@@ -69,8 +70,8 @@ class FlashWindow:
         dense: tuple[KnobValue, ...] = ("none",) if own != "none" else ()
         return (
             agent_knob(context),
-            Knob("prefetch_layers", "structural", (0, 1, 2), "layers the predictor looks ahead", default=0,
-                 low=0, high=8),
+            # Asking a predictor early costs recall that nobody measured: it may be set, but is not searched.
+            Knob("prefetch_layers", "structural", (0,), "layers the predictor looks ahead", default=0, low=0, high=8),
             Knob("predictor", "structural", (own,), "how units are known before they are read", default=own,
                  unsearched=dense),
             Knob("bundled", "demand", (True, False), "rows and columns of a neuron stored side by side", default=True),
@@ -80,8 +81,29 @@ class FlashWindow:
                  "tokens whose neurons stay cached", low=0, high=context.table.max_window),
             Knob("attention_resident", "demand", (1.0, 0.5, 0.0),
                  "share of embeddings and attention that stays resident", default=1.0, low=0.0, high=1.0),
-            Knob("reader_threads", "demand", READER_THREADS, "reads in flight", default=32, low=1, high=1024),
+            Knob("reader_threads", "demand", depths(context), "reads in flight", default=32, low=1, high=1024),
         )
+
+    def refine(self, context: Context, block: Block, fixed: Mapping[str, object]) -> Block:
+        """Add, for every window, the largest share of attention that leaves room for all of it.
+
+        What is held grows linearly in the share, so the ends of the range give the answer.
+        """
+        if "attention_resident" in fixed or block.structural["predictor"] == "none":
+            return block
+        # The other knobs once each, at the first share of the grid: the share is about to be replaced.
+        one = block.only(np.flatnonzero(block.columns["attention_resident"] == block.columns["attention_resident"][0]))
+        fast = context.memory_of(str(block.structural["agent"]))
+        windows = one.columns["window_tokens"].astype(np.int64)
+        cache = context.table.held_units.max(axis=0).sum(axis=0)[windows] * context.unit_bytes * (windows > 0)
+        empty, full = (self._fixed(context, end) + self._staging(context, end) for end in (
+            Block(one.structural, {**one.columns, "attention_resident": np.full(one.n_candidates, share)})
+            for share in (0.0, 1.0)))
+        room = context.budget_bytes[fast] - cache - empty
+        share = np.where(full > empty, room / np.maximum(full - empty, 1.0), 1.0) * (1 - 1e-9)
+        fitting = one.only(np.flatnonzero((share > 0) & (share < 1)))
+        added = {**fitting.columns, "attention_resident": share[(share > 0) & (share < 1)]}
+        return Block(block.structural, {k: np.concatenate([v, added[k]]) for k, v in block.columns.items()})
 
     # --- memory ---------------------------------------------------------------------------------
 
@@ -116,9 +138,17 @@ class FlashWindow:
         # What the FFN keeps beside its fetched neurons (a gate that predicts, biases) streams like attention.
         beside = (context.group_bytes["ffn"] - self._neuron_bytes(context)) / context.model.architecture.n_layers
         layer = share * (context.attention_bytes + beside)
-        if neurons or block.structural["predictor"] == "none":  # nothing is predicted, so everything is read
+        if block.structural["predictor"] == "none":  # nothing is predicted, so everything is read: stored packed
             layer = layer + self._neuron_bytes(context) / context.model.architecture.n_layers
+        elif neurons:
+            layer = layer + self._slots_bytes(context, block) / context.model.architecture.n_layers
         return layer, share * context.head_bytes
+
+    def _slots_bytes(self, context: Context, block: Block) -> Array:
+        """The file of all FFN neurons, each in whole blocks, (n_candidates,). [B]"""
+        a = context.model.architecture
+        split, whole = (float(np.multiply(*self._slot_bytes(context, way))) for way in (False, True))
+        return np.asarray(np.where(block.columns["bundled"].astype(np.bool_), whole, split) * a.d_ff * a.n_layers)
 
     def _predictor_bytes(self, context: Context, block: Block) -> float:
         if block.structural["predictor"] != "low-rank":  # a gate is part of the resident weights already
@@ -158,10 +188,18 @@ class FlashWindow:
     def _prefill_staging(self, context: Context, block: Block) -> Array:
         """Read buffers of the prompt, which reads every layer whole, (n_candidates,). [B]"""
         layer, head = self._streamed(context, block, neurons=True)
-        return np.asarray((int(block.structural["prefetch_layers"]) + 1) * np.maximum(layer, head))
+        return np.asarray((self._prompt_ahead(block) + 1) * np.maximum(layer, head))
+
+    def _prompt_ahead(self, block: Block) -> int:
+        """Layers the prompt is read ahead: nothing has to be predicted for that, so at least one."""
+        return max(int(block.structural["prefetch_layers"]), 1)
 
     def _buffers(self, context: Context, block: Block, rows_bytes: Array) -> Array:
-        """Read buffers, and what the prompt needs beyond them while the neuron cache is still empty. [B]"""
+        """Read buffers, and what the prompt needs beyond them. [B]
+
+        The prompt streams every neuron past once. Those that its last tokens used stay, so the window is full when
+        decoding starts; while it fills, layers pass through what is left of the room in ever smaller slices.
+        """
         return np.maximum(self._staging(context, block), self._prefill_staging(context, block) - rows_bytes)
 
     def _cache(self, context: Context, block: Block) -> _Cache:
@@ -206,8 +244,11 @@ class FlashWindow:
     def footprint(self, context: Context, block: Block) -> dict[str, Array]:
         fast = context.memory_of(str(block.structural["agent"]))
         rows_bytes = self._cache(context, block).rows_bytes
+        stored = np.full(block.n_candidates, context.total_bytes)
+        if block.structural["predictor"] != "none":
+            stored = stored - self._neuron_bytes(context) + self._slots_bytes(context, block)
         used = {fast: self._fixed(context, block) + self._buffers(context, block, rows_bytes) + rows_bytes,
-                context.device.storage: np.full(block.n_candidates, context.total_bytes)}
+                context.device.storage: stored + self._predictor_bytes(context, block)}
         if fast != context.device.host:
             used[context.device.host] = self._host_buffers(context, block)
         return used
@@ -283,7 +324,7 @@ class FlashWindow:
         layer, head = self._streamed(context, block, neurons=True)
         fast = context.memory_of(str(block.structural["agent"]))
         return prefill_schedule(context, Demands(
-            agent=str(block.structural["agent"]), prefetch=int(block.structural["prefetch_layers"]),
+            agent=str(block.structural["agent"]), prefetch=self._prompt_ahead(block),
             source=context.device.storage, depth=block.columns["reader_threads"].astype(np.float64),
             layer_stream_bytes=layer, head_stream_bytes=head, held_bytes={fast: self._fixed(context, block)}))
 
@@ -307,12 +348,16 @@ class FlashWindow:
         what = "embeddings, attention, norms" if context.model.architecture.tied_head else "attention, head, norms"
         far = "FFN neurons" if context.model.architecture.tied_head else "FFN neurons, input embedding"
         cache = self._cache(context, block)
+        if block.structural["predictor"] != "none":
+            stored += float(self._slots_bytes(context, block)[0]) - self._neuron_bytes(context)
+        copied = share * dense + self._predictor_bytes(context, block)
         found = [
             Placement(what, fast, share * dense, loaded=True),
             Placement("attention and head, streamed share", context.device.storage, (1 - share) * dense),
             Placement("predictor", fast, self._predictor_bytes(context, block), loaded=True),
             Placement("FFN neurons, cached window", fast, float(cache.rows_bytes[0])),
             Placement(far, context.device.storage, stored),
+            Placement("copy of what is resident", context.device.storage, copied),
             Placement("read buffers", fast, float(self._buffers(context, block, cache.rows_bytes)[0])),
             Placement("keys and values", fast, context.kv_bytes),
             Placement("activations", fast, context.working_bytes),

@@ -11,12 +11,12 @@ from numpy.typing import NDArray
 from simmem.policy.base import Block, Knob, Placement, register
 from simmem.policy.context import Context
 from simmem.policy.families._dense import (
-    READER_THREADS,
     agent_knob,
     dense_demands,
     dense_footprint,
     dense_placements,
     dense_report,
+    depths,
 )
 from simmem.policy.layers import decode_schedule, prefill_schedule
 from simmem.schedule import Schedule
@@ -44,7 +44,7 @@ class Stream:
                  low=0, high=8),
             Knob("resident_ratio", "demand", tuple(np.arange(0, 1, RATIO_STEP).tolist()),
                  "share of the weights that stays resident", low=0.0, high=1.0),
-            Knob("reader_threads", "demand", READER_THREADS, "reads in flight", default=32, low=1, high=1024),
+            Knob("reader_threads", "demand", depths(context), "reads in flight", default=32, low=1, high=1024),
         )
 
     def refine(self, context: Context, block: Block, fixed: Mapping[str, object]) -> Block:
