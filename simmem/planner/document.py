@@ -29,7 +29,7 @@ __all__ = [
 
 
 class _Part(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null")
+    model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="null", defer_build=True)
 
 
 class WorkloadRef(_Part):
@@ -150,7 +150,8 @@ class Fit(_Part):
 class Plan(_Part):
     """A plan and what to expect of it."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, ser_json_inf_nan="null")
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True, ser_json_inf_nan="null",
+                              defer_build=True)
 
     schema_: Literal["simmem.plan/1"] = Field(default="simmem.plan/1", alias="schema")
     device: str

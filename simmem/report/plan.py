@@ -39,7 +39,8 @@ def _s(value: float) -> str:
 def _table(*columns: str) -> Table:
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), show_edge=False, header_style="dim")
     for index, name in enumerate(columns):
-        table.add_column(name, justify="left" if index == 0 else "right", overflow="fold")
+        words = index == 0 or name in ("tier", "how")
+        table.add_column(name, justify="left" if words else "right", overflow="fold")
     return table
 
 
