@@ -52,15 +52,16 @@ class Replayed:
         return found
 
     @cached_property
-    def _runs(self) -> dict[tuple[int, int, tuple[int, ...]], tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    def _runs(self) -> dict[tuple[int, tuple[int, ...], tuple[int, ...]],
+                            tuple[NDArray[np.int64], NDArray[np.int64]]]:
         return {}
 
-    def runs(self, rows: NDArray[np.int64], gap_units: int, longest: int
+    def runs(self, rows: NDArray[np.int64], gap_units: int, windows: tuple[int, ...]
              ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """(requests, units read) of merged reads for table rows; each (n_rows, n_layers, longest + 1)."""
-        key = (gap_units, longest, tuple(rows.tolist()))
+        """(requests, units read) of merged reads for table rows; each (n_rows, n_layers, n_windows)."""
+        key = (gap_units, windows, tuple(rows.tolist()))
         if key not in self._runs:
-            self._runs[key] = run_table(self.trace, self.table.tokens[rows], longest, gap_units)
+            self._runs[key] = run_table(self.trace, self.table.tokens[rows], windows, gap_units)
         return self._runs[key]
 
     @cached_property
@@ -70,7 +71,7 @@ class Replayed:
     def widest_read(self, gap_units: int) -> int:
         """Most units that merged reads of one token in one layer span, whatever the cache holds."""
         if gap_units not in self._widest:  # a closing grows with its set: nothing cached spans the most
-            _, spanned = run_table(self.trace, self.table.tokens, 0, gap_units)
+            _, spanned = run_table(self.trace, self.table.tokens, (0,), gap_units)
             self._widest[gap_units] = int(spanned.max())
         return self._widest[gap_units]
 
@@ -187,11 +188,11 @@ class Context:
         assert self.replayed is not None
         return self.replayed.table
 
-    def runs(self, rows: NDArray[np.int64], gap_units: int, longest: int
+    def runs(self, rows: NDArray[np.int64], gap_units: int, windows: tuple[int, ...]
              ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
         """See `Replayed.runs`."""
         assert self.replayed is not None
-        return self.replayed.runs(rows, gap_units, longest)
+        return self.replayed.runs(rows, gap_units, windows)
 
     def widest_read(self, gap_units: int) -> int:
         """See `Replayed.widest_read`."""

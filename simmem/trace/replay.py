@@ -163,30 +163,34 @@ def shrink_to_capacity(table: WindowTable, window: int, capacity_units: ArrayLik
     return WindowState(new, np.where(after > 0, held, 0), before)
 
 
-def run_table(trace: Trace, tokens: ArrayLike, max_window: int, gap_units: int) -> tuple[Ints, Ints]:
+def run_table(trace: Trace, tokens: ArrayLike, windows: Sequence[int], gap_units: int) -> tuple[Ints, Ints]:
     """Read requests and units read when runs of new units are read at once, across small gaps.
 
     Parameters
     ----------
-    tokens : (T,) token indices, each at least `max_window`.
+    tokens : (T,) token indices, each at least the longest window.
+    windows : (K,) windows to count, in tokens, ascending.
     gap_units : units that may lie unused between two new ones of the same read; 0 joins only neighbours.
 
     Returns
     -------
-    requests, spanned_units : (T, L, K+1) runs of the new units of token t under window k, and units read in
+    requests, spanned_units : (T, L, K) runs of the new units of token t under each window, and units read in
         them, those in the gaps included.
     """
-    covered = _covered(trace, max_window, tokens)
+    longest = max(windows, default=0)
+    covered = _covered(trace, longest, tokens)
     words = words_of(trace.active)
-    shape = (covered.size, words.shape[1], max_window + 1)
+    column = {k: i for i, k in enumerate(windows)}
+    shape = (covered.size, words.shape[1], len(windows))
     requests, spanned = np.empty(shape, np.int64), np.empty(shape, np.int64)
     for rows in _blocks(covered, words[0].nbytes):
         at, active = covered[rows], words[covered[rows]]
         before = np.zeros_like(active)
-        for k in range(max_window + 1):
+        for k in range(longest + 1):
             if k:
                 before |= words[at - k]
-            requests[rows, :, k], spanned[rows, :, k] = runs(active & ~before, gap_units)
+            if k in column:
+                requests[rows, :, column[k]], spanned[rows, :, column[k]] = runs(active & ~before, gap_units)
     return requests, spanned
 
 

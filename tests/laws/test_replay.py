@@ -149,7 +149,7 @@ def test_runs_equal_a_walk_over_the_units(bits, gap, data):
     gap = data.draw(st.sampled_from([0, 1, 2, 5, 63, 64, gap]))
     trace = trace_of(bits)
     tokens = window_table(trace, longest).tokens[:3]
-    requests, spanned = run_table(trace, tokens, longest, gap)
+    requests, spanned = run_table(trace, tokens, range(longest + 1), gap)
     for row, token in enumerate(tokens.tolist()):
         for layer in range(bits.shape[1]):
             for k in range(longest + 1):

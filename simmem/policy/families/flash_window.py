@@ -267,13 +267,13 @@ class FlashWindow:
                         block.columns["coalesce"].astype(np.int64)])
         ways, which = np.unique(how, axis=1, return_inverse=True)
         requests, read = [], []
-        longest = int(cache.window[:, rows].max(initial=0))
+        windows = np.unique(cache.window[:, rows])
         for state, bundled, coalesce in ways.T.tolist():
             slot, parts = self._slot_bytes(context, bool(bundled))
             units = cache.new_units[state][rows].astype(np.float64)
             if coalesce:
-                n_runs, spanned = context.runs(rows, self._gap_units(context, slot), longest)
-                pick = cache.window[state][rows]
+                n_runs, spanned = context.runs(rows, self._gap_units(context, slot), tuple(windows.tolist()))
+                pick = np.searchsorted(windows, cache.window[state][rows])
                 requests.append(n_runs[t, layers, pick].astype(np.float64) * parts)
                 units = spanned[t, layers, pick].astype(np.float64)
             else:
