@@ -97,6 +97,8 @@ def format_quantity(value: float, dimension: str, digits: int = 3) -> str:
     if dimension == "ratio":
         return f"{100 * value:.{max(digits - 2, 0)}f} %"
     unit = _TABLE[dimension][0]
+    if value == 0:
+        return f"0 {unit}"
     small = dimension == "s" or dimension.startswith("joule")
     ladder = {"": 1.0, "m": 1e-3, "µ": 1e-6, "n": 1e-9, "p": 1e-12} if small else _DECIMAL
     fitting = [k for k, v in ladder.items() if abs(value) >= v]

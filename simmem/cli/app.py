@@ -55,8 +55,8 @@ def _settings(pairs: list[str] | None) -> dict[str, object]:
 def plan(
     device: Annotated[str, typer.Option(help="Built-in name or TOML file (see `simmem devices`).")],
     model: Annotated[str, typer.Option(help="Built-in name or TOML file (see `simmem models`).")],
-    dram: Annotated[str | None, typer.Option(help="Everything the process may hold there, e.g. 6.7GB.")] = None,
-    vram: Annotated[str | None, typer.Option(help="The same for GPU memory; an error on unified memory.")] = None,
+    dram: Annotated[str | None, typer.Option(help="DRAM budget: all the process may hold, e.g. 6.7GB.")] = None,
+    vram: Annotated[str | None, typer.Option(help="GPU memory budget; an error on unified memory.")] = None,
     prompt: Annotated[int, typer.Option(help="Prompt tokens.")] = 128,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens to generate.")] = 256,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
@@ -82,7 +82,7 @@ def plan(
     if out is not None:
         from simmem.report.files import check_writable, write_text
 
-        check_writable(out)
+        check_writable(out, inputs=(device, model, trace))
     found = answer(question)
     if out is not None:
         write_text(out, found.to_json() + "\n")
@@ -117,7 +117,7 @@ def simulate(
         from simmem.report.files import check_writable, write_text
         from simmem.report.perfetto import chrome_trace
 
-        check_writable(timeline)
+        check_writable(timeline, inputs=(plan_file,))
     written = read_plan(plan_file)
     result, lines = resimulate(written, tokens, load, file=str(plan_file))
     if timeline is not None:
@@ -143,15 +143,17 @@ def capture(
 ) -> None:
     """Record which units a real torch run touches, and what dropping the others costs."""
     import sys
+    from dataclasses import replace
 
     from simmem.report.files import check_writable
     from simmem.runtime.capture import capture as run
     from simmem.runtime.capture import default_text_path
     from simmem.trace.store import save_trace
 
-    check_writable(out)
+    check_writable(out, inputs=(text,), suffix=".safetensors")
     found = run(model, text or default_text_path(), criterion=criterion, sparsity=sparsity, tokens=tokens,
                 threads=threads, progress=lambda what, share: print(f"{what} ({share:.0%})", file=sys.stderr))
+    found = replace(found, header=found.header.model_copy(update={"name": out.stem}))  # the shipped ones keep theirs
     save_trace(found, out)
     if as_json:
         typer.echo(found.header.model_dump_json(by_alias=True, indent=2))

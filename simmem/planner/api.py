@@ -100,7 +100,8 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
         raise InfeasiblePlanError(
             f"nothing fits: {question.model.name} on {question.device.name} needs {missing:.0f} more bytes of "
             f"{f.binding_tier} than the {f.context.budget_bytes[f.binding_tier]:.0f} allowed, in the smallest plan "
-            f"found ({f.context.workload.weights})", tier=f.binding_tier, missing_bytes=missing)
+            f"found ({f.context.workload.weights}; tried: {', '.join(question.precisions)})",
+            tier=f.binding_tier, missing_bytes=missing)
     ranked = [c for f in found for c in f.ranked]
     best, gap = choose(ranked, question.objective, min(f.pruned_s for f in found))
     context = best.context

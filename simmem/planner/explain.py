@@ -12,7 +12,7 @@ LIMITS = {
     "io": "reading from storage",
     "transfer": "copying over the host link",
     "memory": "rearranging the neuron cache",
-    "compute": "computing",
+    "compute": "computing (arithmetic, or reading the weights it multiplies)",
     "predictor": "predicting which neurons are needed",
     "sync": "fixed costs of a step",
     "wait": "waiting",
@@ -30,6 +30,8 @@ def reasons(plan: Plan, device: Device, notes: list[str]) -> list[str]:
                 f"{format_quantity(fit.budget_bytes, 'bytes')}")
         if fit.stream_token_latency_s is not None:
             text += f"; reading all of it for each token would take {format_quantity(fit.stream_token_latency_s, 's')}"
+        else:
+            text += ", and nothing is left to stream it through or from"
         found.append(text)
     else:
         found.append(f"{fit.weights} fits in {fit.tier}: {format_quantity(fit.needed_bytes, 'bytes')} of "
@@ -63,6 +65,4 @@ def reasons(plan: Plan, device: Device, notes: list[str]) -> list[str]:
     if together and not device.interference:
         found.append(f"{agent} and storage share {device.host} fairly in this answer; how much they really disturb "
                      "each other was not measured on this device")
-    if plan.trace is not None and plan.trace.kind == "synthetic" and plan.policy.name == "flash-window":
-        found.append(f"the trace {plan.trace.name} is synthetic: fitted to published statistics, not captured")
     return found

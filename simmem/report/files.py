@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from simmem.errors import MachineError, SpecError
@@ -34,14 +35,23 @@ def write_text(path: Path, text: str) -> None:
             Path(temporary).unlink(missing_ok=True)
 
 
-def check_writable(path: Path) -> None:
-    """Raise now rather than after a long run if `path` could not be written."""
+def check_writable(path: Path, *, inputs: Iterable[str | Path | None] = (), suffix: str | None = None) -> None:
+    """Raise now rather than after a long run if `path` could not, or should not, be written.
+
+    inputs : what the command reads; none of it is overwritten.
+    suffix : what the name has to end in to be read back.
+    """
+    for one in inputs:
+        if one is not None and path.exists() and Path(one).exists() and path.samefile(one):
+            raise SpecError("is also what is read; write to another file", file=str(path))
     if not path.parent.is_dir():
         raise SpecError("the folder it should be written to does not exist", file=str(path))
     if path.is_dir():
         raise SpecError("is a folder, expected a file to write", file=str(path))
     if path.exists() and not path.is_file():  # a rename would put a file in the place of, say, /dev/stdout
         raise SpecError("is not a regular file, so nothing is written to it", file=str(path))
+    if suffix is not None and path.suffix != suffix:
+        raise SpecError(f"found a name that ends in {path.suffix!r}, expected {suffix}", file=str(path), key="--out")
     try:  # permission bits do not tell: not to root, not of a read-only or full disk
         handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
         os.close(handle)

@@ -12,9 +12,15 @@ from simmem.units import format_quantity
 __all__ = ["console", "new_table", "number", "quantity", "section", "share"]
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Leave a reader that went away to the command line, which has an exit code for it."""
+        raise BrokenPipeError
+
+
 def console() -> Console:
     """Standard output as rich sees it: NO_COLOR, pipes and COLUMNS are respected, numbers are not coloured."""
-    return Console(highlight=False, soft_wrap=False)
+    return _Console(highlight=False, soft_wrap=False)
 
 
 def new_table(*columns: str, left: int = 1) -> Table:
@@ -28,7 +34,7 @@ def new_table(*columns: str, left: int = 1) -> Table:
 def section(out: Console, title: str, body: RenderableType) -> None:
     """A bold heading and an indented body."""
     out.print(Text(title, style="bold"))
-    out.print(Padding(body, (0, 0, 1, 2)))
+    out.print(Padding(body, (0, 0, 1, 2), expand=False))
 
 
 def quantity(value: float, dimension: str, digits: int = 4) -> str:

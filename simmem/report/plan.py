@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
@@ -10,6 +9,8 @@ from rich.text import Text
 from simmem.planner.document import Plan, Predicted
 from simmem.planner.explain import LIMITS
 from simmem.planner.replan import Simulation
+from simmem.report.format import console as new_console
+from simmem.report.format import section
 from simmem.spec.device import Device
 from simmem.units import format_quantity
 
@@ -20,7 +21,7 @@ CAVEATS = {
     "datasheet": "This plan rests on data-sheet figures: real rates are lower.",
     "derived": "This plan rests on figures derived from others (±25 %).",
     "fitted": "This plan rests on figures fitted to published runs (±25 %).",
-    "estimated": "This plan rests on ESTIMATED figures (×/÷1.5 each): read its interval, not its number.",
+    "estimated": "This plan rests on ESTIMATED figures, inferred and not measured: read its interval, not its number.",
 }
 
 
@@ -44,14 +45,9 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def _section(console: Console, title: str, body: object) -> None:
-    console.print(Text(title, style="bold"))
-    console.print(Padding(body, (0, 0, 1, 2)))  # type: ignore[arg-type]
-
-
 def print_plan(plan: Plan, device: Device) -> None:
     """Print a plan on stdout."""
-    console = Console(highlight=False)
+    console = new_console()
     p, w = plan.predicted, plan.workload
     estimated = sum(f.kind == "estimated" for f in device.figures().values())
     caveat = CAVEATS[plan.evidence.weakest_kind]
@@ -66,41 +62,43 @@ def print_plan(plan: Plan, device: Device) -> None:
     console.print()
 
     low, high = p.token_latency_interval_s
+    step = "token" if w.batch == 1 else f"step of {w.batch} tokens"
     headline = Text.assemble(
-        (f"{plan.policy.name}, {w.weights} weights: {_s(p.token_latency_s)} a token", "bold green"),
+        (f"{plan.policy.name}, {w.weights} weights: {_s(p.token_latency_s)} a {step}", "bold green"),
         f" (90 % interval {_s(low)} to {_s(high)})"
-        f"\n{p.decode_tokens_per_s:.3g} tokens/s; first token after {_s(p.first_token_s)}, loading {_s(p.load_s)}"
+        f"\n{p.decode_tokens_per_s:.3g} tokens/s while decoding; first token after {_s(p.first_token_s)}, "
+        f"loading {_s(p.load_s)}"
         f"\nquality: {_quality(plan)}")
-    console.print(Padding(headline, (0, 0, 1, 0)))
+    console.print(Padding(headline, (0, 0, 1, 0), expand=False))
 
     body = Text()
     for number, reason in enumerate(plan.why):
-        body.append(("\n" if number else "") + "· " + reason[0].upper() + reason[1:] + ".")
-    _section(console, "Why", body)
+        body.append(("\n" if number else "") + "· " + reason + ".")
+    section(console, "Why", body)
 
     table = _table("What lives where", "tier", "bytes")
     for placed in plan.residency:
         table.add_row(placed.tensors, placed.tier, _b(placed.bytes))
-    _section(console, "Residency", table)
+    section(console, "Residency", table)
     table = _table("tier", "used", "budget", "")
     for tier, use in plan.memory.items():
         table.add_row(tier, _b(use.used_bytes), _b(use.budget_bytes),
                       format_quantity(use.used_bytes / use.budget_bytes, "ratio", 2))
-    _section(console, "Memory", table)
+    section(console, "Memory", table)
 
-    _section(console, "What moves, per token", _moves(plan, p))
+    section(console, f"What moves, per {step}", _moves(plan, p, device))
     table = _table("part of a token (critical path)", "time", "share")
     for part, seconds in sorted(p.breakdown_s.items(), key=lambda item: -item[1]):
         if seconds > 0:
             table.add_row(LIMITS[part], _s(seconds), format_quantity(seconds / p.token_latency_s, "ratio", 2))
-    _section(console, "Where the time goes", table)
+    section(console, "Where the time goes", table)
 
     if plan.sensitivity:
         table = _table("figure", "changed by", "token latency", "")
         for s in plan.sensitivity[:6]:
             table.add_row(s.figure, f"{100 * s.change:+.0f} %", f"{100 * s.token_latency_change:+.1f} %",
                           "replanned" if s.replanned else "")
-        _section(console, "What would help", table)
+        section(console, "What it depends on", table)
 
     table = _table("instead", "weights", "token latency", "this plan is")
     for b in sorted(plan.baselines, key=lambda b: b.token_latency_s):
@@ -109,17 +107,17 @@ def print_plan(plan: Plan, device: Device) -> None:
         table.add_row(a.policy, a.weights, _s(a.predicted.token_latency_s),
                       f"{a.predicted.token_latency_s / p.token_latency_s:.3g} × as fast")
     table.add_row("bound: no plan can beat", w.weights, _s(plan.bound.token_latency_s), plan.bound.resource)
-    _section(console, "What it beats", table)
+    section(console, "Compared with", table)
 
     if plan.pareto:
         table = _table("latency against memory", "weights", "token latency", "memory")
         for a in plan.pareto:
             used = sum(u.used_bytes for t, u in a.memory.items() if t != device.storage)
             table.add_row(a.policy, a.weights, _s(a.predicted.token_latency_s), _b(used))
-        _section(console, "Less memory", table)
+        section(console, "Less memory", table)
 
     e = plan.evidence
-    gap = "not searched for" if e.search_gap is None else format_quantity(e.search_gap, "ratio", 3)
+    gap = "not computed for this objective" if e.search_gap is None else format_quantity(e.search_gap, "ratio", 3)
     trace = "no trace" if plan.trace is None else f"{plan.trace.kind} trace {plan.trace.name}"
     console.print(Text(f"Evidence: {e.engine} engine, cost model {e.cost_model}, weakest figure {e.weakest_kind}, "
                        f"search gap {gap}, {trace}.", style="dim"))
@@ -134,7 +132,7 @@ def _quality(plan: Plan) -> str:
     return f"perplexity × {q.perplexity_ratio:.3f} ({q.source})"
 
 
-def _moves(plan: Plan, p: Predicted) -> Text | Table:
+def _moves(plan: Plan, p: Predicted, device: Device) -> Text | Table:
     moving = {k: v for k, v in p.bytes_per_token.items() if v > 0}
     if not moving:
         return Text("nothing: all that a token needs is resident")
@@ -142,11 +140,12 @@ def _moves(plan: Plan, p: Predicted) -> Text | Table:
     table = _table("link", "bytes", "how")
     for name, amount in moving.items():
         how = [f"{_chunk(amount / p.requests_per_token[name])} at a time"] if p.requests_per_token[name] else []
-        if name in p.bytes_per_token and "reader_threads" in knobs and p.requested_bytes_per_token:
+        reads = device.link[name].kind == "storage"
+        if reads and "reader_threads" in knobs:
             how.append(f"{knobs['reader_threads']} reads in flight")
-        if knobs.get("bundled"):
+        if reads and knobs.get("bundled"):
             how.append("row and column of a neuron in one read")
-        if knobs.get("coalesce"):
+        if reads and knobs.get("coalesce"):
             how.append("near neurons merged")
         if knobs.get("prefetch_layers"):
             how.append(f"{knobs['prefetch_layers']} layer(s) ahead")
@@ -160,7 +159,7 @@ def _moves(plan: Plan, p: Predicted) -> Text | Table:
 
 def print_simulation(result: Simulation) -> None:
     """Print what the event engine said of a plan."""
-    console = Console(highlight=False)
+    console = new_console()
     q = result.token_latency_percentiles_s
     change = result.token_latency_s / result.planned_token_latency_s - 1
     console.print(Text.assemble(
@@ -171,9 +170,9 @@ def print_simulation(result: Simulation) -> None:
     for part, seconds in sorted(result.breakdown_s.items(), key=lambda item: -item[1]):
         if seconds > 0:
             table.add_row(LIMITS[part], _s(seconds))
-    _section(console, "Where the time goes", table)
+    section(console, "Where the time goes", table)
     table = _table("stream", "busy", "share")
     for name, seconds in result.busy_s.items():
         if seconds > 0:
             table.add_row(name, _s(seconds), format_quantity(seconds / result.token_latency_s, "ratio", 2))
-    _section(console, "How busy", table)
+    section(console, "How busy", table)

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from simmem.report.format import console as new_console
 from simmem.validation.reference import Reproduction, RowResult
 
 __all__ = ["print_reproduction"]
@@ -16,7 +16,7 @@ STYLES = {"pass": "green", "fail": "bold red", "xpass": "bold red", "error": "bo
 
 def print_reproduction(document: Reproduction) -> None:
     """Print every row, the reasons of those that are not judged, and the summary."""
-    console = Console(highlight=False)
+    console = new_console()
     table = Table(box=None, pad_edge=False, padding=(0, 1, 0, 0), header_style="dim")
     for name in ("row", "published", "predicted", "error", "allowed", "status"):
         table.add_column(name, justify="left" if name in ("row", "status") else "right", no_wrap=name != "row",
@@ -25,12 +25,13 @@ def print_reproduction(document: Reproduction) -> None:
         table.add_row(row.id, f"{_number(row.published)} {row.unit}", _predicted(row), _percent(row.error),
                       _allowed(row), Text(row.status, style=STYLES[row.status]))
     console.print(table)
-    said: set[str] = set()
+    said: dict[tuple[str, str], list[str]] = {}
     for row in document.rows:
         text = row.message or row.reason
-        if text and text not in said:
-            said.add(text)
-            console.print(Text(f"\n{row.status}: {text}", style="dim"))
+        if text:
+            said.setdefault((row.status, text), []).append(row.id)
+    for (status, text), rows in said.items():
+        console.print(Text(f"\n{status}, {', '.join(rows)}: {text}", style="dim"))
     s = document.summary
     counts = {k: sum(r.status == k for r in document.rows) for k in STYLES}
     line = ", ".join(f"{n} {k}" for k, n in counts.items() if n)

@@ -1,4 +1,4 @@
-"""How is the real command run inside a test? `simmem.cli.main` with arguments: exit code, stdout and stderr."""
+"""How is the real command run inside a test? `simmem.cli.run` with arguments: exit code, stdout and stderr."""
 
 from __future__ import annotations
 

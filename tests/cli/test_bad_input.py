@@ -283,6 +283,10 @@ CASES = [
            None, "does not exist", file="{tmp}/none/t.json", make=plan_file()),
     option("capture into a folder that is not there", ("capture", "--model", "smollm2-135m", "--out", "{tmp}/a/t.st"),
            None, "does not exist", file="{tmp}/a/t.st"),
+    option("capture into a file that could not be read back", ("capture", "--model", "smollm2-135m", "--out",
+           "{tmp}/t.npz"), "--out", "expected .safetensors", file="{tmp}/t.npz"),
+    option("timeline over the plan it is made from", ("simulate", "{tmp}/plan.json", "--timeline", "{tmp}/plan.json"),
+           None, "also what is read", file="{tmp}/plan.json", make=plan_file()),
 
     Case("nothing fits", (*PLAN, "--dram", "20MB"), code=3, kind="InfeasiblePlanError", tier="dram",
          says=("more bytes of dram", "20000000")),
@@ -469,3 +473,20 @@ def test_a_reader_that_goes_away_is_no_error() -> None:
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0
     assert done.stderr == ""
+
+
+@pytest.mark.parametrize(("command", "code", "says"), [
+    ("PYTHONIOENCODING=ascii {simmem} plan --device m1-max --model opt-125m", 0, ""),
+    ("{simmem} plan --device m1-max --model opt-125m | head -n 1; exit ${{PIPESTATUS[0]}}", 0, ""),
+    ("{simmem} plan --device m1-max --model opt-125m --json > /dev/full", 4, "No space left"),
+    ("PYTHONUNBUFFERED=1 {simmem} plan --device m1-max --model opt-125m --json > /dev/full", 4, "No space left"),
+    ("{simmem} devices >&-", 0, ""),
+])
+def test_whatever_standard_output_is(command: str, code: int, says: str) -> None:
+    """Another encoding, a reader that leaves, a full disk, none at all: the contract's exit code, never a traceback."""
+    line = command.format(simmem=Path(sys.executable).with_name("simmem"))
+    done = subprocess.run(["bash", "-c", line], capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") <= 1

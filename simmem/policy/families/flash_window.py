@@ -395,7 +395,13 @@ class FlashWindow:
         if block.structural["predictor"] == "oracle":
             notes.append("the trace's criterion is an oracle: no predictor knew these units before they were read, "
                          "so a real engine will be slower")
-        quality = trace.header.quality
+        header = trace.header
+        if header.kind == "synthetic" and not none:
+            whose = header.statistics.get("published_for", header.model)
+            notes.append(f"the trace {header.name} is synthetic: fitted to what was published of {whose}, not captured")
+        elif header.model != context.model.name and not none:
+            notes.append(f"the trace {header.name} was captured from {header.model}, not from this model")
+        quality = header.quality
         return {
             "requested_bytes": requested,
             "cache": {"ffn": {"hit_ratio": float(1 - new.sum() / max(asked.sum(), 1)),

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import sys
 import traceback
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import typer
 
 from simmem.errors import MachineError, SimmemError
 
-__all__ = ["main"]
+__all__ = ["run"]
 
 INTERNAL_ERROR = 70
 INTERRUPTED = 130
@@ -23,8 +26,9 @@ INTERRUPTED = 130
 _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def run(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit with the code of the contract."""
+    _prepare_streams()
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     as_json = "--json" in arguments
     code: int
@@ -47,11 +51,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     except SimmemError as error:
         code = _fail(error, type(error).__name__, as_json)
     except BrokenPipeError:  # the reader of our output went away, which is its business
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _drop_stdout()
         code = 0
     except MemoryError:
         code = _fail(MachineError("out of memory"), "MachineError", as_json)
     except OSError as error:
+        _drop_stdout()  # a full disk would fail once more when the interpreter flushes
         code = _fail(MachineError(str(error.strerror or error), file=_name(error)), "MachineError", as_json)
     except Exception as error:  # noqa: BLE001 - a bug: it keeps its traceback and has an exit code of its own
         traceback.print_exc()
@@ -59,6 +64,25 @@ def main(argv: Sequence[str] | None = None) -> None:
         if as_json:
             _print_error("InternalError", SimmemError(f"{type(error).__name__}: {error}"))
     sys.exit(code)
+
+
+def _prepare_streams() -> None:
+    """Make standard output take any text, whole: another encoding, no buffer, or closed altogether."""
+    if sys.stdout is None:
+        sys.stdout = Path(os.devnull).open("w")  # noqa: SIM115 - lives as long as the process
+    if sys.stderr is None:
+        sys.stderr = Path(os.devnull).open("w")  # noqa: SIM115
+    raw = getattr(sys.stdout, "buffer", None)
+    if isinstance(raw, io.FileIO):  # PYTHONUNBUFFERED: a raw file may take part of a text and not say so
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), encoding=sys.stdout.encoding)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+
+
+def _drop_stdout() -> None:
+    with contextlib.suppress(OSError, ValueError):
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _usage_problem(error: Any) -> SimmemError:
@@ -87,7 +111,8 @@ def _name(error: OSError) -> str | None:
 
 def _fail(error: SimmemError, kind: str, as_json: bool) -> int:
     if as_json and error.exit_code != 1:
-        _print_error(kind, error)
+        with contextlib.suppress(OSError):
+            _print_error(kind, error)
     line = "".join(c if c.isprintable() else repr(c)[1:-1] for c in str(error))  # one line, whatever a name holds
     print(f"simmem: {line}", file=sys.stderr)
     return error.exit_code
