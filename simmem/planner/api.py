@@ -150,8 +150,10 @@ def _set_aside(same: Found, latency_s: float) -> list[str]:
     if not same.set_aside or same.set_aside[0].score_s >= latency_s:
         return []
     fastest = same.set_aside[0]
+    ratio = quality_of(fastest).perplexity_ratio
+    cost = "what that costs in quality was not measured" if ratio is None else f"that costs perplexity × {ratio:.3f}"
     why = ("its trace is an oracle's, which no engine can follow" if is_oracle(fastest) else
-           "it leaves neurons out although all weights fit, and what that costs in quality was not measured")
+           f"it leaves neurons out although all weights fit, and {cost}")
     return [f"{fastest.policy.name} would take {format_quantity(fastest.score_s, 's')}, but {why}; "
             f"--policy {fastest.policy.name} asks for it"]
 

@@ -16,13 +16,12 @@ __all__ = ["agent_bound", "lower_bound"]
 
 def _params(context: Context, *, any_token: bool = False) -> tuple[float, float]:
     """Matrix parameters a token multiplies: (always, active share of the FFN), on average or of the least active."""
-    model, a = context.model, context.model.architecture
+    model = context.model
     active = 1.0
     if context.trace is not None:
         by_token = context.table.active_units.mean(axis=1) / context.table.n_units
         active = float(by_token.min() if any_token else by_token.mean())
-    e = a.embedding_dim or a.d_model
-    return model.group("attention").matrix_params + a.vocab * e, model.group("ffn").matrix_params * active
+    return model.group("attention").matrix_params + model.head_params, model.group("ffn").matrix_params * active
 
 
 def agent_bound(context: Context, name: str, *, any_token: bool = False) -> Bound:

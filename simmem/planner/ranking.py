@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simmem.errors import SpecError
 from simmem.planner.bound import agent_bound
@@ -32,6 +33,8 @@ __all__ = [
     "prove",
     "search",
 ]
+
+Array = NDArray[np.float64]
 
 SCORING_ROWS = 8
 """Trace tokens that survivors are scored on."""
@@ -87,18 +90,18 @@ def search(question: Question, weights: str) -> Found:
             block, held = block.only(kept), cut.fast_bytes[kept]
             seconds = score(policy, context, block, stratified_rows(context, policy, 1))
             fastest = min(fastest, float(seconds.min()))
-            lean = front(seconds, held)
-            lean = lean[np.unique(np.linspace(0, len(lean) - 1, min(len(lean), FRONT_SURVIVORS)).astype(np.int64))]
-            best = np.argsort(seconds, kind="stable")[:SURVIVORS]
-            chosen = list(dict.fromkeys([*best.tolist(), *lean.tolist()]))
             pool += [Candidate(context, policy, block.only(np.array([i])), float(seconds[i]), float(held[i]))
-                     for i in chosen]
-        ranked += _rescore(policy, context, _thin(pool))
+                     for i in _survivors(seconds, held)]
+        kept_of_policy = _survivors(np.array([c.score_s for c in pool]), np.array([c.fast_bytes for c in pool]))
+        ranked += _rescore(policy, context, [pool[i] for i in kept_of_policy])
     ranked.sort(key=lambda c: c.score_s)
     fits = any(c.policy.name == "resident" for c in ranked)
-    aside = [c for c in ranked if question.open_choice and c.policy.uses_trace and (fits or is_oracle(c))]
-    return Found(context, tuple(c for c in ranked if c not in aside), tuple(aside), nearest[1] if nearest else None,
-                 nearest[0] if nearest else 0.0, pruned)
+
+    def needless(c: Candidate) -> bool:
+        return question.open_choice and c.policy.uses_trace and (fits or is_oracle(c))
+
+    return Found(context, tuple(c for c in ranked if not needless(c)), tuple(c for c in ranked if needless(c)),
+                 nearest[1] if nearest else None, nearest[0] if nearest else 0.0, pruned)
 
 
 def is_oracle(candidate: Candidate) -> bool:
@@ -118,14 +121,14 @@ def choose(ranked: Sequence[Candidate], objective: str, pruned_s: float = float(
     return ranked[min(values)[1]], None
 
 
-def _thin(pool: list[Candidate]) -> list[Candidate]:
-    """The fastest candidates, and those on the front of latency and memory."""
-    if not pool:
-        return pool
-    order = np.argsort([c.score_s for c in pool], kind="stable")[:SURVIVORS].tolist()
-    lean = front(np.array([c.score_s for c in pool]), np.array([c.fast_bytes for c in pool]))
+def _survivors(seconds: Array, held_bytes: Array) -> list[int]:
+    """The fastest candidates, then some along the front of latency and memory."""
+    if not len(seconds):
+        return []
+    lean = front(seconds, held_bytes)
     lean = lean[np.unique(np.linspace(0, len(lean) - 1, min(len(lean), FRONT_SURVIVORS)).astype(np.int64))]
-    return [pool[i] for i in dict.fromkeys([*order, *lean.tolist()])]
+    fastest = np.argsort(seconds, kind="stable")[:SURVIVORS]
+    return list(dict.fromkeys([*fastest.tolist(), *lean.tolist()]))
 
 
 def _rescore(policy: Policy, context: Context, pool: list[Candidate]) -> list[Candidate]:

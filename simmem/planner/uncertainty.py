@@ -1,8 +1,8 @@
 """How sure is a prediction, and what would change it? Draws and changes of figures, as columns.
 
-A figure's kind gives its 90 % range; a draw is log-normal within it, each side on its own. All
-figures of a link are one curve, and a draw multiplies the whole curve. Nothing here knows how a
-prediction is made: it only makes factors that `cost.durations` applies.
+A figure states its 90 % range or its kind gives one; a draw is log-normal within it, each side on
+its own. The figures of a link are one curve: a draw moves them together, each within its range.
+Nothing here knows how a prediction is made: it only makes factors that `cost.durations` applies.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.policy.context import Context
-from simmem.spec.base import Figure, Kind, kind_factors, weakest
+from simmem.spec.base import Kind, weakest
 
 __all__ = [
     "N_DRAWS",
@@ -34,18 +34,12 @@ TRACE_STREAM = 10_000
 _CURVE = {"rate": 1, "request_rate": 1, "latency": -1, "request_time": -1}
 
 
-def uncertain_figures(context: Context) -> dict[str, tuple[float, float]]:
-    """Figure key → 90 % range as factors; links appear once, as "link.<name>.throughput"."""
-    found: dict[str, tuple[float, float]] = {}
+def uncertain_figures(context: Context) -> tuple[str, ...]:
+    """Keys of the figures that a latency can depend on, sorted; a link appears once, as "link.<name>.throughput"."""
     device = context.device
-    for key, figure in device.figures().items():
-        part, field = key.split(".")[0], key.split(".")[-1]
-        if part in ("agent", "memory") and field not in ("capacity", "reserved") and "energy" not in field:
-            found[key] = figure.factors
-    for name, link in device.link.items():  # one curve, as well known as the weakest figure it is made of
-        curve = [f for f in (getattr(link, field) for field in _CURVE) if isinstance(f, Figure)]
-        found[f"link.{name}.throughput"] = kind_factors(weakest([f.kind for f in curve]), is_rate=True)
-    return found
+    keys = [key for key in device.figures() if key.split(".")[0] in ("agent", "memory")
+            and key.split(".")[-1] not in ("capacity", "reserved") and "energy" not in key]
+    return tuple(sorted([*keys, *(f"link.{name}.throughput" for name in device.link)]))
 
 
 def curve_factors(key: str, factor: float | Array) -> dict[str, float | Array]:
@@ -59,22 +53,19 @@ def curve_factors(key: str, factor: float | Array) -> dict[str, float | Array]:
 def draws(context: Context, n: int = N_DRAWS) -> dict[str, Array]:
     """Factors of `n` draws for every figure, key → (n,). The seed is fixed: same plan, same answer."""
     found: dict[str, Array] = {}
-    for index, (key, (low, high)) in enumerate(sorted(uncertain_figures(context).items())):
-        if key.startswith("link."):  # one curve: its figures move together, each within its own range
-            _, name, _ = key.split(".")
-            for field, sign in _CURVE.items():
-                figure = getattr(context.device.link[name], field)
-                if figure is not None:
-                    low, high = figure.factors
-                    found[f"link.{name}.{field}"] = (spread(index, low, high, n) if sign > 0
-                                                     else spread(index, high, low, n))
+    figures = context.device.figures()
+    for index, key in enumerate(uncertain_figures(context)):
+        if key in figures:
+            figure = figures[key]
+            factor = spread(index, *figure.factors, n)
+            # No draw makes a share exceed one.
+            found[key] = np.minimum(factor, 1.0 / figure.value) if key.endswith("_share") else factor
             continue
-        factor = spread(index, low, high, n)
-        if key.endswith("_share"):  # no draw makes a share exceed one
-            part, name, field = key.split(".", 2)
-            value = getattr(getattr(context.device, part)[name], field).value
-            factor = np.minimum(factor, 1.0 / value)
-        found[key] = factor
+        for field, sign in _CURVE.items():  # one curve: its figures move together, each within its own range
+            part = f"{key.removesuffix('.throughput')}.{field}"
+            if part in figures:
+                low, high = figures[part].factors
+                found[part] = spread(index, low, high, n) if sign > 0 else spread(index, high, low, n)
     return found
 
 

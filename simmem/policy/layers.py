@@ -184,10 +184,8 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
                 "ffn", OpKind.COMPUTE, agent, 2.0 * batch * rows * context.unit_params,
                 rows * context.unit_params * matrix + ffn_vectors * vector, ffn_kernels,
                 {ops.memory: demands.layer_stream_bytes + units.read_bytes[layer]}))
-    e = a.embedding_dim or a.d_model
-    head_matrices = a.vocab * e + (2 * e * a.d_model if e != a.d_model else 0)
-    head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * batch * head_matrices,
-                       weights(head_matrices, per_norm * a.final_norm), HEAD_KERNELS,
+    head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * batch * model.head_params,
+                       weights(model.head_params, per_norm * a.final_norm), HEAD_KERNELS,
                        {ops.memory: demands.head_stream_bytes})
     step = ops.compute("step", OpKind.SYNC, agent, 0.0, 0.0, 1.0) if context.agent(agent).step_overhead else None
     lookup = ops.move("embedding rows", np.full(n_columns, demands.lookup_bytes), np.full(n_columns, float(batch)),
@@ -291,11 +289,8 @@ def prefill_schedule(context: Context, demands: Demands) -> Schedule:
         "ffn", OpKind.COMPUTE, agent, 2.0 * n * ffn.matrix_params / layers,
         ffn.matrix_params / layers * matrix + ffn.vector_params / layers * vector,
         FFN_KERNELS + (2 if a.gated else 0), {ops.memory: demands.layer_stream_bytes})
-    e = a.embedding_dim or a.d_model
-    head_matrices = a.vocab * e + (2 * e * a.d_model if e != a.d_model else 0)
-    head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * workload.batch * head_matrices, head_matrices * matrix,
-                       HEAD_KERNELS,
-                       {ops.memory: demands.head_stream_bytes})
+    head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * workload.batch * model.head_params,
+                       model.head_params * matrix, HEAD_KERNELS, {ops.memory: demands.head_stream_bytes})
     builder = ops.builder
     ahead = demands.prefetch
     computed: list[int] = []

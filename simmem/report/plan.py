@@ -19,8 +19,8 @@ __all__ = ["print_plan", "print_simulation"]
 CAVEATS = {
     "measured": "The figures this plan rests on were measured.",
     "datasheet": "This plan rests on data-sheet figures: real rates are lower.",
-    "derived": "This plan rests on figures derived from others (±25 %).",
-    "fitted": "This plan rests on figures fitted to published runs (±25 %).",
+    "derived": "This plan rests on figures derived from others.",
+    "fitted": "This plan rests on figures fitted to published runs.",
     "estimated": "This plan rests on ESTIMATED figures, inferred and not measured: read its interval, not its number.",
 }
 

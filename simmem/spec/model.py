@@ -146,10 +146,11 @@ class Model(Frozen):
 
     @property
     def head_params(self) -> int:
-        """Parameters the output projection multiplies (those of the embedding when tied)."""
+        """Matrix parameters a token multiplies outside the layers: the output projection (the embedding's own when
+        tied), and the projections to and from narrower embeddings."""
         a = self.architecture
         e = a.embedding_dim or a.d_model
-        return a.vocab * e + (e * a.d_model if e != a.d_model else 0)
+        return a.vocab * e + (2 * e * a.d_model if e != a.d_model else 0)
 
 
 def load_model(name: str, *, relative_to: Path | None = None) -> Model:

@@ -116,7 +116,7 @@ def test_what_the_policies_use_equals_the_torch_module(name: str) -> None:
     assert model.unit_bytes("fp16") == 2 * neuron
 
     head = module.get_output_embeddings().weight.numel()
-    narrow = [p for n, p in module.named_parameters() if "project_out" in n]
+    narrow = [p for n, p in module.named_parameters() if "project_out" in n or "project_in" in n]
     assert model.head_params == head + sum(p.numel() for p in narrow)
 
     a = model.architecture
