@@ -9,7 +9,7 @@ from unittest.mock import patch
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from simmem.cost.roofline import durations
@@ -384,15 +384,17 @@ def test_the_score_does_not_depend_on_the_block(columns: int, case: Case) -> Non
 
 
 @MANY
-@given(contexts(), st.sampled_from(["stream", "flash-window"]), st.sampled_from([1, 2, 4, 12]), st.integers(1, 4),
+@given(contexts(), st.sampled_from(["stream", "flash-window"]), st.sampled_from([3, 6, 12, 24]), st.integers(1, 4),
        st.data())
 def test_the_timed_step_is_the_steady_state(context: Context, name: str, n_layers: int, ahead: int,
                                             data: st.DataObject) -> None:
-    """The few steps that are scheduled stand for very many.
+    """The few steps that are scheduled stand for very many, to within the bunching of one round of the buffers.
 
-    Some pipelines settle into two steps that alternate, of which only one is timed; the more layers there are for
-    the prefetch, the less they differ.
+    A pipeline that is bound by the delay of its reads ends its stages in bunches, `ahead + 1` to a round: a token of
+    n stages holds q or q + 1 rounds where its mean is n / (ahead + 1), so one step differs from the mean by at most
+    one round, the share (ahead + 1) / n. That is 6 % at one stage ahead in a model of 32 layers.
     """
+    assume(ahead <= n_layers)
     model = context.model.model_copy(update={
         "architecture": context.model.architecture.model_copy(update={"n_layers": n_layers})})
     context = replace(context, model=model, replayed=Replayed(data.draw(traces(model))))
@@ -406,4 +408,4 @@ def test_the_timed_step_is_the_steady_state(context: Context, name: str, n_layer
     ends = analytic(schedule, durations(schedule, context.device)).token_end_s
     assert len(ends) >= 20
     steady = np.diff(ends, axis=0)[-12:].mean(axis=0)
-    assert timed == pytest.approx(steady, rel=0.05 if n_layers == 12 and ahead < 3 else 0.2, abs=0)
+    assert timed == pytest.approx(steady, rel=(ahead + 1) / (n_layers + 1), abs=0)
