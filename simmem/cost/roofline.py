@@ -1,14 +1,10 @@
 """How long does each class of op take on a device? Roofline with achieved shares and constants.
 
 Compute and upkeep:  max(flop / (peak · share), bytes / (rate · share)) + kernels · overhead
-Storage reads:       n · max( hypot((L + s/R) / q, a + s/B), s/R )
+Storage reads:       n · read_seconds(s, q), a surface over request size and depth (`simmem.cost.surface`)
 Copies:              bytes / R, and L until dependants may start
 
-The storage surface joins two regimes smoothly. With q requests of s bytes in flight, Little's
-law gives one completion every (L + s/R)/q; saturated, the device spends a + s/B a request
-whatever the depth; R is the sequential rate, which nothing exceeds. The Euclidean norm as the
-join was chosen on the 4 KiB curve of the M4 Max (docs/ledger.md). A batch of n requests has at
-most n in flight.
+A batch of n requests has at most n in flight.
 
 Every figure may carry a factor per candidate: that is how draws and sensitivities become columns.
 """
@@ -20,6 +16,7 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from simmem.cost.surface import Regime, read_seconds
 from simmem.errors import SpecError
 from simmem.schedule import DemandClass, Durations, OpKind, Schedule
 from simmem.spec.device import Agent, Device, Link
@@ -100,28 +97,37 @@ def _move_s(schedule: Schedule, index: int, name: str, device: Device, factors: 
 
 
 def storage_seconds_per_request(link: Link, size_bytes: Array | float, depth: Array | float, *,
-                                factors: Factors | None = None, name: str = "") -> Array:
+                                factors: Factors | None = None, name: str = "", regime: Regime = "random") -> Array:
     """Mean seconds per request of a saturated or latency-bound stream of reads. [s]
 
     Parameters
     ----------
     size_bytes : request size, broadcastable. [B]
     depth : requests in flight, broadcastable.
+    regime : whether anything foresees the reads; "cached" raises SpecError where the link states no `cached_rate`.
     """
     factors = factors or {}
     assert link.request_time is not None and link.request_rate is not None
-    rate = link.rate.value * _factor(factors, f"link.{name}.rate")
-    alone = link.latency.value * _factor(factors, f"link.{name}.latency") + size_bytes / rate
-    a = link.request_time.value * _factor(factors, f"link.{name}.request_time")
-    b = link.request_rate.value * _factor(factors, f"link.{name}.request_rate")
-    if link.best_depth is not None and link.overload_exponent is not None:
-        a = a * np.maximum(np.asarray(depth) / link.best_depth.value, 1.0) ** link.overload_exponent.value
-    return np.asarray(np.maximum(np.hypot(alone / depth, a + size_bytes / b), size_bytes / rate))
+
+    def of(field: str) -> Array | float | None:
+        figure = getattr(link, field)
+        return None if figure is None else figure.value * _factor(factors, f"link.{name}.{field}")
+
+    return read_seconds(
+        size_bytes, depth, regime=regime,
+        latency_s=link.latency.value * _factor(factors, f"link.{name}.latency"),
+        rate=link.rate.value * _factor(factors, f"link.{name}.rate"),
+        request_time_s=link.request_time.value * _factor(factors, f"link.{name}.request_time"),
+        request_rate=link.request_rate.value * _factor(factors, f"link.{name}.request_rate"),
+        single_rate=of("single_rate"), cached_rate=of("cached_rate"),
+        best_depth=None if link.best_depth is None else link.best_depth.value,
+        overload_exponent=None if link.overload_exponent is None else link.overload_exponent.value)
 
 
-def storage_throughput(link: Link, size_bytes: Array | float, depth: Array | float) -> Array:
+def storage_throughput(link: Link, size_bytes: Array | float, depth: Array | float,
+                       regime: Regime = "random") -> Array:
     """Throughput of a storage link at a request size and depth. [B/s]"""
-    return np.asarray(size_bytes / storage_seconds_per_request(link, size_bytes, depth))
+    return np.asarray(size_bytes / storage_seconds_per_request(link, size_bytes, depth, regime=regime))
 
 
 def arithmetic_peak(agent: Agent, name: str, precision: str) -> tuple[str, float]:

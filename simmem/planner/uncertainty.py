@@ -31,7 +31,7 @@ Z_90 = 1.6448536269514722
 """95 % quantile of the standard normal: the edges of a central 90 % range."""
 TRACE_STREAM = 10_000
 """Seed of the draws of the trace's law, apart from those of the device's figures."""
-_CURVE = {"rate": 1, "request_rate": 1, "latency": -1, "request_time": -1}
+_CURVE = {"rate": 1, "request_rate": 1, "single_rate": 1, "latency": -1, "request_time": -1}
 
 
 def uncertain_figures(context: Context) -> tuple[str, ...]:

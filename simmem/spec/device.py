@@ -90,6 +90,10 @@ class Link(Frozen):
     """storage: time per request that saturation leaves, whatever the depth (a of t = a + s/B). [s]"""
     request_rate: BytesPerSecond | None = None
     """storage: transfer rate inside a request at saturation (B of t = a + s/B). [B/s]"""
+    single_rate: BytesPerSecond | None = None
+    """storage: transfer rate inside a request with nothing else in flight; `rate` where absent. [B/s]"""
+    cached_rate: BytesPerSecond | None = None
+    """storage: of reads that the system's page cache holds, all readers together; unknown where absent. [B/s]"""
     block: Bytes | None = None
     """storage: reads round up to this. [B]"""
     best_depth: Count | None = None
@@ -143,6 +147,8 @@ class Device(Frozen):
     idle: Watt | None = None
     engine: dict[str, Engine] = Field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    compare_with: str | None = None
+    """Another account of the same machine, by name or path; its sheet shows the two side by side."""
 
     @model_validator(mode="after")
     def _graph_is_whole(self) -> Device:

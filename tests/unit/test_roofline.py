@@ -97,25 +97,29 @@ def test_a_copy_holds_its_link_for_its_bytes_and_delays_what_waits_for_it() -> N
 
 
 def test_reads_by_hand() -> None:
-    """One 16 kB read: 96 us + 16 kB / 4 GB/s = 100 us. Saturated: 3 us + 16 kB / 8 GB/s = 5 us a read."""
+    """One 16 kB read: 96 us + 16 kB / 4 GB/s = 100 us. Saturated: 3 us + 16 kB / 8 GB/s = 5 us a read.
+
+    With q in flight, saturation counts by 1 - 1/q²: not at all for one alone.
+    """
     def read(n: float, depth: float, size: float = 16e3) -> float:
         return took(READ, requests=n, depth=depth, bytes={"link.flash": n * size, "memory.dram": n * size})[0]
 
-    assert read(1, 1) == pytest.approx(math.hypot(100e-6, 5e-6))
-    assert read(1000, 10) == pytest.approx(1000 * math.hypot(100e-6 / 10, 5e-6))
-    assert read(4, 10) == pytest.approx(4 * math.hypot(100e-6 / 4, 5e-6)), "four reads have at most four in flight"
-    assert read(1e6, 16) == pytest.approx(1e6 * math.hypot(100e-6 / 16, 5e-6))
+    assert read(1, 1) == pytest.approx(100e-6)
+    assert read(1000, 10) == pytest.approx(1000 * math.hypot(100e-6 / 10, 5e-6 * math.sqrt(99 / 100)))
+    four = math.hypot(100e-6 / 4, 5e-6 * math.sqrt(15 / 16))
+    assert read(4, 10) == pytest.approx(4 * four), "four reads have at most four in flight"
+    assert read(1e6, 16) == pytest.approx(1e6 * math.hypot(100e-6 / 16, 5e-6 * math.sqrt(255 / 256)))
     # Past 16 readers a request costs (64/16)^0.5 = 2 times its 3 us: 6 + 2 = 8 us.
-    assert read(1e6, 64) == pytest.approx(1e6 * math.hypot(100e-6 / 64, 8e-6))
+    assert read(1e6, 64) == pytest.approx(1e6 * math.hypot(100e-6 / 64, 8e-6 * math.sqrt(4095 / 4096)))
     # 4 MB reads: 96 + 1000 us alone, 503 us saturated, but never faster than 4 GB/s: 1000 us.
     assert read(1e3, 16, size=4e6) == pytest.approx(1e3 * 1e-3)
 
 
 def test_storage_throughput_is_size_over_time() -> None:
     link = DEVICE.link["flash"]
-    assert storage_throughput(link, 16e3, 10.0) == pytest.approx(16e3 / math.hypot(10e-6, 5e-6))
+    assert storage_throughput(link, 16e3, 10.0) == pytest.approx(16e3 / math.hypot(10e-6, 5e-6 * math.sqrt(0.99)))
     assert storage_seconds_per_request(link, 16e3, 1.0, factors={"link.flash.latency": 2.0}, name="flash") == \
-        pytest.approx(math.hypot(196e-6, 5e-6))
+        pytest.approx(196e-6)
     assert storage_seconds_per_request(link, 16e3, 1e9, factors={"link.flash.request_time": 2.0,
                                                                  "link.flash.request_rate": 0.5}, name="flash") == \
         pytest.approx(6e-6 * math.sqrt(1e9 / 16) + 4e-6)
