@@ -137,6 +137,10 @@ class DeviceSheet(_Part):
     parts: dict[str, dict[str, str | float]]
     """What is not a figure, by part: "link.flash" → its kind, source and target."""
     figures: list[FigureRow]
+    compare_with: str | None
+    """Another account of the same machine, where the file names one."""
+    other_figures: list[FigureRow]
+    """Figures of that other account that differ from this one's in value or kind."""
 
 
 class GroupRow(_Part):
@@ -160,11 +164,18 @@ class ModelSheet(_Part):
     native_precision: str
     architecture: Architecture
     params: int
+    active_params: int
+    """Parameters one token uses: all but the experts its router leaves out."""
     groups: list[GroupRow]
     bytes: dict[str, float]
     unit_params: int
     """Parameters of one FFN neuron."""
+    expert_params: int
+    """Matrix parameters of one routed expert; 0 without experts."""
     kv_bytes_per_token: dict[str, float]
+    """All layers; those with a sliding window stop growing at its length. [B]"""
+    state_bytes: dict[str, float]
+    """State of a sequence that does not grow with the context; 0 where there is attention instead. [B]"""
     default_trace: str | None
 
 
@@ -259,6 +270,8 @@ class ReplayDocument(_Part):
     model: str
     """The model whose shape the trace has."""
     n_layers: int
+    n_units: int
+    """Units of a layer."""
     unit_bytes: float
     precision: str
     curves: list[_Curve]

@@ -36,13 +36,15 @@ class _Whole(GenerateJsonSchema):
 
 
 def _printed() -> dict[str, type[BaseModel]]:
+    from simmem.report.compare import DeviceComparison
     from simmem.validation.reference import Reproduction
 
     return {
         "plan": Plan, "error": documents.ErrorDocument, "simulation": Simulation, "reproduce": Reproduction,
         "replay": documents.ReplayDocument, "trace": TraceHeader, "devices": documents.DeviceList,
         "models": documents.ModelList, "traces": documents.TraceList, "policies": documents.PolicyList,
-        "device-sheet": documents.DeviceSheet, "model-sheet": documents.ModelSheet,
+        "device-sheet": documents.DeviceSheet, "device-comparison": DeviceComparison,
+        "model-sheet": documents.ModelSheet,
         "trace-sheet": documents.TraceSheet, "policy-sheet": documents.PolicySheet,
     }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from rich.console import Console
@@ -14,6 +14,8 @@ from simmem.policy.base import KnobValue
 from simmem.report.documents import DeviceSheet, FigureRow, ModelSheet, PolicySheet, TraceSheet
 from simmem.report.format import console, new_table, number, quantity, section, share
 from simmem.report.sheets import Sheet
+from simmem.spec.base import Frozen
+from simmem.trace import TraceHeader
 
 __all__ = ["print_sheet"]
 
@@ -59,17 +61,22 @@ def _print_device(out: Console, sheet: DeviceSheet) -> None:
     for note in sheet.notes:
         out.print(Padding(Text(f"· {note}"), (0, 0, 0, 2)))
     out.print()
+    if sheet.compare_with is not None:
+        out.print(Text(f"  ≠ what {sheet.compare_with} says of the same, where it differs\n", style="dim"))
+    others = {row.key: row for row in sheet.other_figures}
     shown: set[str] = set()
     for part, plain in sheet.parts.items():
         figures = [f for f in sheet.figures if f.key.startswith(f"{part}.")]
         shown |= {f.key for f in figures}
         out.print(Text.assemble((part, "bold"), f"  {_plain(plain)}"))
         for figure in figures:
-            _print_figure(out, figure.key.removeprefix(f"{part}."), figure)
+            _print_figure(out, figure.key.removeprefix(f"{part}."), figure, others.get(figure.key))
         out.print()
     rest = [f for f in sheet.figures if f.key not in shown]
     for figure in rest:
-        _print_figure(out, figure.key, figure)
+        _print_figure(out, figure.key, figure, others.get(figure.key))
+    for key in sorted(others.keys() - {f.key for f in sheet.figures}):
+        out.print(Text(f"  {'≠':>18}  {key} {quantity(others[key].value, others[key].dimension)}, which is not here"))
     kinds = [f.kind.value for f in sheet.figures]
     counted = ", ".join(f"{kinds.count(kind)} {kind}" for kind in dict.fromkeys(sorted(kinds)))
     out.print(Text(f"{'' if not rest else chr(10)}{len(kinds)} figures: {counted}.", style="dim"))
@@ -92,11 +99,13 @@ def _plain(fields: Mapping[str, str | float]) -> str:
     return ", ".join(text)
 
 
-def _print_figure(out: Console, name: str, figure: FigureRow) -> None:
+def _print_figure(out: Console, name: str, figure: FigureRow, other: FigureRow | None) -> None:
     low, high = (quantity(edge, figure.dimension, 3) for edge in figure.range_90)
     spread = "" if low == high else f"  90 %: {low} to {high}"
     out.print(Text.assemble(f"  {name:<18}", (f"{quantity(figure.value, figure.dimension):>12}", "bold"),
                             f"  {figure.kind.value}{spread}"))
+    if other is not None:
+        out.print(Text(f"  {'≠':>18}{quantity(other.value, other.dimension):>12}  {other.kind.value}"))
     out.print(Padding(Text(figure.source, style="dim"), (0, 0, 0, 6)))
     if figure.spent:
         out.print(Padding(Text(f"spent on: {', '.join(figure.spent)}", style="dim"), (0, 0, 0, 6)))
@@ -111,23 +120,42 @@ _PRECISIONS = {"fp32": "fp32", "fp16": "fp16/bf16", "int8": "int8", "int4": "int
 def _print_model(out: Console, sheet: ModelSheet) -> None:
     _heading(out, sheet.name, sheet.title, sheet.aliases)
     out.print(_pairs([("source", sheet.source), ("family", sheet.family), ("published in", sheet.native_precision),
-                      ("parameters", f"{sheet.params:,}".replace(",", " ")),
+                      ("parameters", _count(sheet.params)),
+                      *([("used by a token", _count(sheet.active_params))] if sheet.active_params < sheet.params else []),
                       ("planned with trace", sheet.default_trace or "none")]))
     out.print()
     a = sheet.architecture
-    section(out, "Architecture", _pairs(
-        (field, ("yes" if value else "no") if isinstance(value, bool) else str(value))
-        for field, value in a if value is not None))
-    table = new_table("tensors", "parameters", *_PRECISIONS.values())
+    section(out, "Architecture", _pairs(_fields(a)))
+    shown = {**_PRECISIONS, **({"file": "the file"} if "file" in sheet.bytes else {})}
+    table = new_table("tensors", "parameters", *shown.values())
     for group in sheet.groups:
-        table.add_row(group.name, number(group.params), *(quantity(group.bytes[p], "bytes", 3) for p in _PRECISIONS))
-    table.add_row("all", number(sheet.params), *(quantity(sheet.bytes[p], "bytes", 3) for p in _PRECISIONS),
-                  style="bold")
+        table.add_row(group.name, number(group.params), *(quantity(group.bytes[p], "bytes", 3) for p in shown))
+    table.add_row("all", number(sheet.params), *(quantity(sheet.bytes[p], "bytes", 3) for p in shown), style="bold")
     section(out, "Weights", table)
-    kv = ", ".join(f"{quantity(sheet.kv_bytes_per_token[p], 'bytes', 3)} at {label}"
-                   for p, label in list(_PRECISIONS.items())[:4])
-    out.print(Text(f"Keys and values of one token: {kv}.\n"
-                   f"One FFN neuron: {sheet.unit_params} parameters in {3 if a.gated else 2} matrices."))
+    what, held = (("State of a sequence", sheet.state_bytes) if a.state_space else
+                  ("Keys and values of one token", sheet.kv_bytes_per_token))
+    kv = ", ".join(f"{quantity(held[p], 'bytes', 3)} at {label}" for p, label in list(_PRECISIONS.items())[:4])
+    lines = [f"{what}: {kv}."]
+    if a.window:
+        lines.append(f"{a.n_window_layers} of the {a.n_layers} layers look back {a.window} tokens and keep no more.")
+    if a.n_dense_layers:
+        lines.append(f"One FFN neuron: {sheet.unit_params} parameters in {3 if a.gated else 2} matrices.")
+    if a.experts:
+        lines.append(f"One expert: {number(sheet.expert_params)} parameters; a token uses {a.experts.per_token} of "
+                     f"{a.experts.count} in each of {a.n_expert_layers} layers.")
+    out.print(Text("\n".join(lines)))
+
+
+def _count(n: int) -> str:
+    return f"{n:,}".replace(",", " ")
+
+
+def _fields(part: Frozen, prefix: str = "") -> Iterator[tuple[str, str]]:
+    for field, value in part:
+        if isinstance(value, Frozen):
+            yield from _fields(value, f"{field}.")
+        elif value is not None:
+            yield prefix + field, ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 
 # --- traces -------------------------------------------------------------------------------------------------------
@@ -141,7 +169,8 @@ def _print_trace(out: Console, sheet: TraceSheet) -> None:
     quality = "unknown" if h.quality is None else (
         f"perplexity {h.quality.dense_perplexity:.2f} → {h.quality.sparse_perplexity:.2f} "
         f"(× {h.quality.perplexity_ratio:.3f}) on {h.quality.tokens} tokens of {h.quality.text}")
-    predictors = {"none": "none", "oracle": "oracle: no engine can know these units before reading them",
+    predictors = {"none": "none: the router says it" if h.unit == "expert" else "none",
+                  "oracle": "oracle: no engine can know these units before reading them",
                   "gate": "the gate itself, read whole", "low-rank": "low-rank"}
     out.print(_pairs([
         ("model", f"{h.model}{drawn}"), ("serves", ", ".join(sheet.serves)),
@@ -154,6 +183,7 @@ def _print_trace(out: Console, sheet: TraceSheet) -> None:
         ("predictor", predictors[h.predictor] + (
             f", {share(h.predictor_params_share)} of the parameters" if h.predictor_params_share else "")),
         ("quality", quality), ("weakest figure", h.weakest_kind), ("text", h.text), ("licence", h.text_licence),
+        ("read from", _imported(h)),
         ("host", h.host), ("versions", ", ".join(f"{k} {v}" for k, v in h.versions.items())), ("created", h.created),
         ("digest", h.digest),
     ]))
@@ -162,6 +192,20 @@ def _print_trace(out: Console, sheet: TraceSheet) -> None:
         section(out, "Measured, per decode step", _pairs((k, quantity(v, "s")) for k, v in h.op_timings_s.items()))
     _print_law(out, sheet)
     _print_statistics(out, sheet.statistics)
+
+
+def _imported(header: TraceHeader) -> str | None:
+    """How a routing log was read; None for a trace that simmem made."""
+    log = header.imported
+    if log is None:
+        return None
+    said = [f"{log.file} (SHA-256 {log.sha256[:12]}…)", ", ".join(f"{what} = {n}" for what, n in log.columns.items()),
+            f"layers {log.layer_ids[0]} to {log.layer_ids[-1]}"]
+    said += [f"only {' and '.join(f'{name} = {value}' for name, value in log.where.items())}"] if log.where else []
+    said += [f"the first {header.unit} is {log.first_unit}"] if log.first_unit else []
+    said += [f"{log.sequences} sequences"] if log.sequences > 1 else []
+    said += [f"{log.missing} pairs of token and layer missing"] if log.missing else []
+    return "; ".join(said)
 
 
 def _print_law(out: Console, sheet: TraceSheet) -> None:

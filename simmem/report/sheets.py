@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from simmem.errors import SpecError
+from simmem.errors import SpecError, UnknownNameError
 from simmem.policy.base import policy_named
 from simmem.policy.context import Context, Replayed
 from simmem.report.documents import (
@@ -21,7 +21,7 @@ from simmem.spec import library
 from simmem.spec.base import Figure, Frozen
 from simmem.spec.device import Device, load_device
 from simmem.spec.model import Model, load_model
-from simmem.spec.precision import PRECISIONS
+from simmem.spec.precision import FILE, PRECISIONS
 from simmem.spec.workload import Workload
 from simmem.trace import (
     Trace,
@@ -35,7 +35,7 @@ from simmem.trace import (
 )
 from simmem.trace.synthetic import law_statistic
 
-__all__ = ["Sheet", "captured_sheet", "model_of_trace", "sheet_of"]
+__all__ = ["Sheet", "captured_sheet", "figure_rows", "model_of_trace", "sheet_of"]
 
 Sheet = DeviceSheet | ModelSheet | TraceSheet | PolicySheet
 
@@ -49,7 +49,7 @@ def sheet_of(what: str, name: str) -> Sheet:
     Raises UnknownNameError, SpecError or TraceError.
     """
     if what == "device":
-        return _device_sheet(load_device(name))
+        return _device_sheet(load_device(name), library.resolve("device", name))
     if what == "model":
         return _model_sheet(load_model(name))
     if what == "trace":
@@ -60,18 +60,37 @@ def sheet_of(what: str, name: str) -> Sheet:
 # --- devices ------------------------------------------------------------------------------------------------------
 
 
-def _device_sheet(device: Device) -> DeviceSheet:
+def _device_sheet(device: Device, path: Path) -> DeviceSheet:
     parts: dict[str, dict[str, str | float]] = {}
-    figures = dict(device.figures())
     for what, members in (("memory", device.memory), ("agent", device.agent), ("link", device.link),
                           ("engine", device.engine)):
-        for name, part in members.items():
-            parts[f"{what}.{name}"] = _plain(part)
-            if what == "engine":  # known of one software stack only, so no figures of the device itself
-                figures.update({f"engine.{name}.{field}": value for field, value in part if isinstance(value, Figure)})
+        parts.update({f"{what}.{name}": _plain(part) for name, part in members.items()})
+    rows = figure_rows(device)
+    other = _other_account(device, path)
+    others = [] if other is None else [
+        row for key, row in figure_rows(other).items()
+        if key not in rows or (row.value, row.kind) != (rows[key].value, rows[key].kind)]
     return DeviceSheet(
         name=device.name, title=device.title, aliases=list(device.aliases), notes=list(device.notes), parts=parts,
-        figures=[_figure_row(key, figure) for key, figure in figures.items()])
+        figures=list(rows.values()), compare_with=other and other.name, other_figures=others)
+
+
+def _other_account(device: Device, path: Path) -> Device | None:
+    """The device that a file names in `compare_with`; `path` is that file."""
+    if device.compare_with is None:
+        return None
+    try:
+        return load_device(device.compare_with, relative_to=path.parent)
+    except UnknownNameError as error:
+        raise SpecError(error.message, file=str(path), key="compare_with") from None
+
+
+def figure_rows(device: Device) -> dict[str, FigureRow]:
+    """Every figure of a device by its key path, and those that are known of one software stack only."""
+    figures = dict(device.figures())
+    for name, part in device.engine.items():
+        figures.update({f"engine.{name}.{field}": value for field, value in part if isinstance(value, Figure)})
+    return {key: _figure_row(key, figure) for key, figure in figures.items()}
 
 
 def _plain(part: Frozen) -> dict[str, str | float]:
@@ -89,14 +108,18 @@ def _figure_row(key: str, figure: Figure) -> FigureRow:
 
 
 def _model_sheet(model: Model) -> ModelSheet:
-    trace = default_trace_file(model)
+    trace, state = default_trace_file(model), model.architecture.state_space is not None
+    held = {p: model.group_bytes(p) for p in (*PRECISIONS, *((FILE,) if model.file_bytes else ()))}
     return ModelSheet(
         name=model.name, title=model.title, family=model.family, source=model.source, aliases=list(model.aliases),
         native_precision=model.native_precision, architecture=model.architecture, params=model.params,
+        active_params=model.active_params,
         groups=[GroupRow(name=g.name, params=g.params, matrix_params=g.matrix_params, vector_params=g.vector_params,
-                         bytes={p: g.bytes_at(p) for p in PRECISIONS}) for g in model.groups()],
-        bytes={p: model.bytes_at(p) for p in PRECISIONS}, unit_params=model.unit_params,
-        kv_bytes_per_token={p: model.kv_bytes_per_token(p) for p in PRECISIONS},
+                         bytes={p: groups[g.name] for p, groups in held.items()}) for g in model.groups()],
+        bytes={p: sum(groups.values()) for p, groups in held.items()}, unit_params=model.unit_params,
+        expert_params=model.expert_params,
+        kv_bytes_per_token={p: 0.0 if state else model.kv_bytes(p, 1) for p in PRECISIONS},
+        state_bytes={p: model.kv_bytes(p, 1) if state else 0.0 for p in PRECISIONS},
         default_trace=None if trace is None else trace.stem)
 
 

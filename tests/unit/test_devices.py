@@ -373,7 +373,7 @@ def test_a_storage_link_needs_its_surface(tmp_path: Path) -> None:
 
 def test_unknown_devices_name_the_closest() -> None:
     with pytest.raises(UnknownNameError, match="iphone15"):
-        load_device("iphone16")
+        load_device("iphone99")
     with pytest.raises(SpecError, match="no such device file"):
         load_device("mine/device.toml")
 
