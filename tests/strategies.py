@@ -32,8 +32,8 @@ Array = NDArray[np.float64]
 MANY = settings(max_examples=max(150, settings.default.max_examples if settings.default else 0))
 """For laws whose examples are cheap."""
 
-UNITS = {"capacity": "B", "reserved": "B", "rate": "B/s", "request_rate": "B/s", "block": "B", "latency": "s",
-         "request_time": "s", "op_overhead": "s", "step_overhead": "s", "energy_per_byte": "J/B",
+UNITS = {"capacity": "B", "reserved": "B", "rate": "B/s", "request_rate": "B/s", "single_rate": "B/s", "block": "B",
+         "latency": "s", "request_time": "s", "op_overhead": "s", "step_overhead": "s", "energy_per_byte": "J/B",
          "energy_per_flop": "J/FLOP", "idle": "W", "flop": "FLOP/s"}
 
 
@@ -85,6 +85,8 @@ def devices(draw: st.DrawFn, *, energy: bool = False) -> Device:
     if rng.random() < 0.7:
         storage |= {"best_depth": figure("best_depth", int(rng.integers(1, 128))),
                     "overload_exponent": figure("overload_exponent", float(rng.choice([0.0, 0.2, 1.0])))}
+    if rng.random() < 0.5:
+        storage |= some("single_rate", 1e7, 3e10)
     if energy:
         storage |= some("energy_per_byte", 1e-11, 1e-8)
     memories, links = {"flash": memory("storage", 1e12)}, {"flash": storage}
@@ -131,6 +133,36 @@ def models(draw: st.DrawFn) -> Model:
 
 
 @st.composite
+def other_models(draw: st.DrawFn) -> Model:
+    """Mixtures of experts, latent attention, sliding windows, state spaces, and weights at a file's own precisions."""
+    model, rng = draw(models()), draw(seeds())
+    parts = model.architecture.model_dump()
+    what = draw(st.sampled_from(["experts", "window", "state space", "file"]))
+    d, layers = parts["d_model"], int(rng.integers(1, 6))
+    parts["n_layers"] = layers
+    if what == "experts":
+        count = int(rng.integers(1, 12))
+        parts["experts"] = {
+            "count": count, "per_token": int(rng.integers(1, count + 1)), "d_expert": int(rng.integers(1, 60)),
+            "d_shared": int(rng.integers(0, 2) * rng.integers(1, 60)), "first_layer": int(rng.integers(0, layers)),
+            "every": int(rng.integers(1, 3)), "router_bias": bool(rng.random() < 0.5), "bias": bool(rng.random() < 0.5)}
+        if rng.random() < 0.5:
+            parts.update(qk_norm=False, latent_attention={
+                "q_rank": None if rng.random() < 0.5 else int(rng.integers(1, d + 1)),
+                "kv_rank": int(rng.integers(1, d + 1)), "d_rope": 4, "d_nope": 8, "d_value": 8})
+    elif what == "window":
+        parts.update(window=int(rng.integers(1, 300)), n_window_layers=int(rng.integers(1, layers + 1)))
+    elif what == "state space":
+        parts.update(n_heads=0, n_kv_heads=0, d_head=0, d_ff=0, norms_per_layer=1, ffn_bias=False, qk_norm=False,
+                     state_space={"d_inner": 2 * d, "d_state": 16, "d_conv": 4, "dt_rank": max(d // 16, 1)})
+    changed = Model.model_validate({**model.model_dump(by_alias=True), "architecture": parts})
+    if what == "file":
+        held = {g.name: g.params * float(rng.uniform(0.3, 4.0)) for g in changed.groups()}
+        changed = changed.model_copy(update={"file_bytes": held})
+    return changed
+
+
+@st.composite
 def traces(draw: st.DrawFn, model: Model) -> Trace:
     """Skewed and local, as captured ones are: units fire at very unequal rates, and again after they fired."""
     a = model.architecture
@@ -160,10 +192,16 @@ def workloads(draw: st.DrawFn) -> Workload:
 
 
 @st.composite
-def contexts(draw: st.DrawFn, *, trace: bool = True, energy: bool = False) -> Context:
-    """Everything a policy is asked with; the budgets range from nothing to everything."""
-    device, model, workload = draw(devices(energy=energy)), draw(models()), draw(workloads())
-    replayed = Replayed(draw(traces(model))) if trace else None
+def contexts(draw: st.DrawFn, *, trace: bool = True, energy: bool = False, other: bool = False) -> Context:
+    """Everything a policy is asked with; the budgets range from nothing to everything.
+
+    With `other` the model is one of `other_models`, which only policies that need no trace can plan.
+    """
+    model = draw(other_models() if other else models())
+    device, workload = draw(devices(energy=energy)), draw(workloads())
+    if model.file_bytes:
+        workload = workload.at("file")
+    replayed = Replayed(draw(traces(model))) if trace and not other else None
     whole = Context(device, model, workload, replayed, {})
     most = 4 * (whole.total_bytes + whole.kv_bytes + whole.working_bytes) + 1e6
     tightness = draw(st.sampled_from([0.02, 0.1, 0.3, 1.0]))

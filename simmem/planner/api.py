@@ -191,7 +191,7 @@ def _naive_seconds(question: Question, weights: str, agent: str) -> float | None
 
 
 def _fit(question: Question, agent: str) -> Fit:
-    native = question.model.native_precision
+    native = question.model.own_precision
     context = question.context(native)
     tier = context.memory_of(agent)
     needed = context.total_bytes + context.kv_bytes + context.working_bytes

@@ -10,29 +10,41 @@ from __future__ import annotations
 from simmem.cost.roofline import arithmetic_peak
 from simmem.planner.document import Bound
 from simmem.policy.context import Context
+from simmem.policy.layer_kinds import ffn_work
 
 __all__ = ["agent_bound", "lower_bound"]
 
 
-def _params(context: Context, *, any_token: bool = False) -> tuple[float, float]:
-    """Matrix parameters a token multiplies: (always, active share of the FFN), on average or of the least active."""
-    model = context.model
+def _used(context: Context, *, any_token: bool = False) -> tuple[float, dict[str, float]]:
+    """Matrix parameters multiplied in a decode step (each as often as tokens use it), and those read, by group.
+
+    Mean activity of the trace, or that of the least active token. Experts are read once for all the sequences that
+    chose them.
+    """
+    model, batch = context.model, context.workload.batch
     active = 1.0
     if context.trace is not None:
         by_token = context.table.active_units.mean(axis=1) / context.table.n_units
         active = float(by_token.min() if any_token else by_token.mean())
-    return model.group("attention").matrix_params + model.head_params, model.group("ffn").matrix_params * active
+    read = {model.mixer.name: float(model.mixer.matrix_params),
+            "embedding" if model.architecture.tied_head else "head": float(model.head_params)}
+    multiplied = batch * sum(read.values())
+    for index, name in enumerate(context.layers.names):
+        work, n_layers = ffn_work(model, name, batch), context.layers.kind.count(index)
+        multiplied += n_layers * active * sum(work.multiplied_params.values())
+        for group, params in work.read_matrix_params.items():
+            read[group] = read.get(group, 0.0) + n_layers * active * params
+    return multiplied, {group: params for group, params in read.items() if params}
 
 
 def agent_bound(context: Context, name: str, *, any_token: bool = False) -> Bound:
     """What one agent alone cannot beat: its memory or its arithmetic; with `any_token` below every token."""
     workload, agent = context.workload, context.device.agent[name]
-    dense, ffn = _params(context, any_token=any_token)
-    matrix, _ = context.compute_bytes_per_param(name)
-    kv = context.model.kv_bytes_per_token(workload.kv) * workload.mean_decode_context * workload.batch
-    moving = ((dense + ffn) * matrix + kv) / (agent.rate.value * agent.rate_share.value)
+    multiplied, read = _used(context, any_token=any_token)
+    n_bytes = sum(params * context.read_bytes_per_param(name, group)[0] for group, params in read.items())
+    moving = (n_bytes + context.decode_kv_bytes) / (agent.rate.value * agent.rate_share.value)
     key, peak = arithmetic_peak(agent, name, workload.weights)
-    arithmetic = 2.0 * workload.batch * (dense + ffn) / (peak * agent.flop_share.value)
+    arithmetic = 2.0 * multiplied / (peak * agent.flop_share.value)
     seconds, resource = max((moving, f"agent.{name}.rate"), (arithmetic, key))
     return Bound(token_latency_s=seconds, resource=resource)
 
@@ -40,9 +52,10 @@ def agent_bound(context: Context, name: str, *, any_token: bool = False) -> Boun
 def lower_bound(context: Context) -> Bound:
     """A latency that no policy at this model, precision and trace can beat, agents working side by side included."""
     device, workload = context.device, context.workload
-    dense, ffn = _params(context)
-    kv = context.model.kv_bytes_per_token(workload.kv) * workload.mean_decode_context * workload.batch
-    n_bytes = (dense + ffn) * min(context.compute_bytes_per_param(name)[0] for name in device.agent) + kv
+    multiplied, read = _used(context)
+    n_bytes = context.decode_kv_bytes + min(
+        sum(params * context.read_bytes_per_param(name, group)[0] for group, params in read.items())
+        for name in device.agent)
     together, flop_per_s = 0.0, 0.0
     for memory_name in {a.memory: None for a in device.agent.values()}:
         rates = [a.rate.value * a.rate_share.value for a in device.agent.values() if a.memory == memory_name]
@@ -52,9 +65,9 @@ def lower_bound(context: Context) -> Bound:
         flop_per_s += arithmetic_peak(agent, name, workload.weights)[1] * agent.flop_share.value
     storage, link = context.storage_link
     room = sum(v for k, v in context.budget_bytes.items() if k != device.storage)
-    stored = (dense + ffn) * context.unit_bytes / context.unit_params
+    stored = sum(params * context.stored_bytes_per_param(group)[0] for group, params in read.items())
     seconds, resource = max(
         (n_bytes / together, "memory rate of all agents together"),
-        (2.0 * workload.batch * (dense + ffn) / flop_per_s, "arithmetic of all agents together"),
+        (2.0 * multiplied / flop_per_s, "arithmetic of all agents together"),
         (max(stored - room, 0.0) / link.rate.value, f"link.{storage}.rate"))
     return Bound(token_latency_s=seconds, resource=resource)

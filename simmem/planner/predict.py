@@ -203,7 +203,7 @@ def quality_of(candidate: Candidate) -> QualityCost:
     """What the plan's dropped work costs; null where that was not measured (quantisation never is here)."""
     rows = np.zeros(1, dtype=np.int64)
     report = candidate.policy.report(candidate.context, candidate.block, rows)
-    native = candidate.context.model.native_precision
+    native = candidate.context.model.own_precision
     weights = candidate.context.workload.weights
     for what, precision in (("weights", weights), ("keys and values", candidate.context.workload.kv)):
         if precision not in (native, "fp32", "fp16", "bf16"):

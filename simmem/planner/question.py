@@ -6,12 +6,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from simmem.errors import SpecError
+from simmem.errors import SpecError, TraceError
 from simmem.policy.base import policies, policy_named
 from simmem.policy.context import MAX_WINDOW, Context, Replayed
 from simmem.spec.device import Device, load_device
 from simmem.spec.model import Model, load_model
-from simmem.spec.precision import PRECISIONS
+from simmem.spec.precision import FILE, PRECISIONS
 from simmem.spec.workload import Workload
 from simmem.trace import Trace, open_trace
 from simmem.units import format_quantity, parse_quantity
@@ -80,11 +80,12 @@ def ask(
         policy_named(name)
     if knobs and policy is None:
         raise SpecError("knobs belong to a policy: name it with --policy", key="--set")
-    if weights == "file":
-        raise SpecError("found 'file', which needs a model read from a file with its own precisions", key="--weights")
-    if weights is not None and weights not in PRECISIONS:
-        raise SpecError(f"found {weights!r}, expected one of {', '.join(PRECISIONS)}", key="--weights")
-    precisions = (weights,) if weights else tuple(dict.fromkeys((spec_model.native_precision, "int8", "int4")))
+    if weights is not None and weights not in (*PRECISIONS, FILE):
+        raise SpecError(f"found {weights!r}, expected one of {', '.join((*PRECISIONS, FILE))}", key="--weights")
+    if weights == FILE:
+        spec_model.group_bytes(FILE)  # refuses where no file says
+    own = spec_model.own_precision
+    precisions = (weights or own,) if weights or own == FILE else tuple(dict.fromkeys((own, "int8", "int4")))
     workload = Workload(prompt, new_tokens, batch, precisions[0], kv)
     workload.check(spec_model)
     fixed = dict(knobs or {})
@@ -101,6 +102,9 @@ def ask(
 def _replay(name: str | None, model: Model, batch: int) -> Replayed | None:
     """The trace to plan with; a synthetic one can be varied within what is known of its law."""
     opened = open_trace(name, model, batch=batch, n_tokens=MAX_WINDOW + FINAL_ROWS)
+    if opened is not None and opened.header.unit != "ffn-neuron":
+        raise TraceError(f"is a routing trace (of {opened.header.unit}s), which `simmem replay` uses; no policy plans "
+                         "with it yet", file=name)
     if opened is None or opened.header.kind != "synthetic":
         return Replayed(opened) if opened else None
 

@@ -10,9 +10,10 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from simmem.policy.layer_kinds import Layers, layers_of
 from simmem.spec.device import Agent, Device, Link
 from simmem.spec.model import Model
-from simmem.spec.precision import matrix_bytes_per_param, vector_bytes_per_param
+from simmem.spec.precision import FILE, matrix_bytes_per_param, vector_bytes_per_param
 from simmem.spec.workload import Workload
 from simmem.trace.replay import WindowTable, run_table, window_table
 from simmem.trace.trace import Trace
@@ -118,21 +119,21 @@ class Context:
     @cached_property
     def group_bytes(self) -> dict[str, float]:
         """Stored bytes of each tensor group at the workload's precision. [B]"""
-        return {g.name: g.bytes_at(self.workload.weights) for g in self.model.groups()}
+        return self.model.group_bytes(self.workload.weights)
 
     @cached_property
     def total_bytes(self) -> float:
         return sum(self.group_bytes.values())
 
     @cached_property
-    def layer_bytes(self) -> float:
-        """Attention, norm and FFN weights of one layer. [B]"""
-        return self.attention_bytes + self.group_bytes["ffn"] / self.model.architecture.n_layers
+    def layers(self) -> Layers:
+        """Which kinds of layer there are, and what each takes in storage."""
+        return layers_of(self.model, self.group_bytes)
 
     @cached_property
-    def attention_bytes(self) -> float:
-        """Attention and norm weights of one layer, its share of the final norm included. [B]"""
-        return (self.group_bytes["attention"] + self.group_bytes["norms"]) / self.model.architecture.n_layers
+    def mixer_bytes(self) -> float:
+        """Attention (or state space) and norm weights of one layer, its share of the final norm included. [B]"""
+        return self.layers.mixer_bytes
 
     @cached_property
     def head_bytes(self) -> float:
@@ -156,25 +157,47 @@ class Context:
     @cached_property
     def unit_bytes(self) -> float:
         """Stored bytes of what is fetched with one FFN neuron. [B]"""
-        return self.unit_params * matrix_bytes_per_param(self.workload.weights)
+        return self.unit_params * self.stored_bytes_per_param("ffn")[0]
 
-    def compute_bytes_per_param(self, agent: str) -> tuple[float, float]:
-        """Bytes (matrix, vector) a parameter costs to read in the multiply on an agent. [B]"""
-        precision = self.device.agent[agent].compute_precision or self.workload.weights
-        return matrix_bytes_per_param(precision), vector_bytes_per_param(precision)
+    def stored_bytes_per_param(self, group: str) -> tuple[float, float]:
+        """Bytes (matrix, vector) a parameter of a group takes in storage. [B]"""
+        return self._bytes_per_param(self.workload.weights, group)
+
+    def _bytes_per_param(self, precision: str, group: str) -> tuple[float, float]:
+        """Bytes of a (matrix, vector) parameter of a group; their mean where a file holds the group in several. [B]"""
+        if precision != FILE:
+            return matrix_bytes_per_param(precision), vector_bytes_per_param(precision)
+        held = self.model.group(group)
+        mean = self.model.group_bytes(FILE)[group] / held.params
+        return mean, mean
+
+    def read_precision(self, agent: str) -> str:
+        """The precision weights are read in by the multiply on an agent."""
+        return self.device.agent[agent].compute_precision or self.workload.weights
+
+    def read_bytes_per_param(self, agent: str, group: str) -> tuple[float, float]:
+        """Bytes (matrix, vector) a parameter of a group costs to read in the multiply on an agent. [B]"""
+        return self._bytes_per_param(self.read_precision(agent), group)
 
     # --- what every policy holds --------------------------------------------------------------
 
     @cached_property
     def kv_bytes(self) -> float:
         """Keys and values of the longest context. [B]"""
-        return self.model.kv_bytes_per_token(self.workload.kv) * self.workload.context_tokens * self.workload.batch
+        return self.model.kv_bytes(self.workload.kv, self.workload.context_tokens) * self.workload.batch
+
+    @cached_property
+    def decode_kv_bytes(self) -> float:
+        """Keys and values that a mean decode step reads, all sequences; a state is read and written. [B]"""
+        w, a = self.workload, self.model.architecture
+        once = self.model.kv_bytes(w.kv, w.mean_decode_context, w.mean_decode_window(a.window))
+        return once * w.batch * (2 if a.state_space else 1)
 
     @cached_property
     def working_bytes(self) -> float:
         """Activations of the prompt through one layer, and one row of logits, in fp32. [B]"""
         a, w = self.model.architecture, self.workload
-        return 4.0 * w.batch * (w.prompt_tokens * (4 * a.d_model + (2 if a.gated else 1) * a.d_ff) + a.vocab)
+        return 4.0 * w.batch * (w.prompt_tokens * (4 * a.d_model + (2 if a.gated else 1) * a.active_ff) + a.vocab)
 
     # --- the trace ----------------------------------------------------------------------------
 

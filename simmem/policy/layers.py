@@ -20,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.policy.context import Context
+from simmem.policy.layer_kinds import ffn_work
 from simmem.schedule import DemandClass, OpKind, Phase, Schedule, ScheduleBuilder
 
 __all__ = ["STREAM_CHUNK_BYTES", "Demands", "UnitDemands", "decode_schedule", "prefill_schedule", "stream_requests"]
@@ -31,8 +32,8 @@ STREAM_CHUNK_BYTES = 4.0 * (1 << 20)
 
 ATTENTION_KERNELS = 8
 """norm, q, k, v, position, attention, output, residual: what a plain decoder launches. [kernels]"""
-FFN_KERNELS = 5
-"""norm, up, activation, down, residual; a gated FFN launches two more (gate, product). [kernels]"""
+STATE_SPACE_KERNELS = 9
+"""norm, input projection, convolution, step and state projections, step, scan, gate, output, residual. [kernels]"""
 
 WARM_UP = 4
 """Stages, in pipeline depths, that pass before the timed step: a test compares with very many."""
@@ -58,7 +59,7 @@ class UnitDemands:
 
 @dataclass(frozen=True)
 class Demands:
-    """What a block of candidates asks of a decode step or a prefill; arrays are (n_columns,)."""
+    """What a block of candidates asks of a decode step or a prefill; arrays are (n_columns,) unless they say more."""
 
     agent: str
     prefetch: int
@@ -66,6 +67,7 @@ class Demands:
     """Tier that streamed weights come from."""
     depth: Array
     layer_stream_bytes: Array
+    """(n_kinds, n_columns) for each kind of layer of the model. [B]"""
     head_stream_bytes: Array
     held_bytes: Mapping[str, Array]
     """Kept in each tier throughout, staging buffers apart. [B]"""
@@ -122,6 +124,50 @@ class _Ops:
             DemandClass(name, kind, agent=agent, precision=self.context.workload.weights),
             flop=flop, requests=kernels, bytes={f"memory.{memory}": n_bytes}, release=release), agent
 
+    def streams(self) -> tuple[list[list[tuple[int, str]]], list[tuple[int, str]]]:
+        """Reads of the streamed weights: of each kind of layer, and of the head."""
+        def reads(name: str, n_bytes: Array) -> list[tuple[int, str]]:
+            return self.move(name, n_bytes, stream_requests(n_bytes), self.hops, n_bytes)
+
+        return ([reads("weights", n_bytes) for n_bytes in self.demands.layer_stream_bytes],
+                reads("head weights", self.demands.head_stream_bytes))
+
+    def read_bytes(self, group: str, matrices: float, vectors: float) -> float:
+        """Bytes the agent reads to multiply parameters of a group. [B]"""
+        matrix, vector = self.context.read_bytes_per_param(self.demands.agent, group)
+        return matrices * matrix + vectors * vector
+
+    def head_bytes(self) -> float:
+        """Bytes the agent reads for the output projection and the norm before it. [B]"""
+        model = self.context.model
+        a = model.architecture
+        return (self.read_bytes("embedding" if a.tied_head else "head", model.head_params, 0.0)
+                + self.read_bytes("norms", 0.0, model.norm_params * a.final_norm))
+
+    def mixer(self, n_tokens: float, context_flop: float, context_bytes: float, norm_params: float) -> tuple[int, str]:
+        """Attention (or the state space) of one layer for all its tokens; what it does with the context is given."""
+        model = self.context.model
+        mixer, layers = model.mixer, model.architecture.n_layers
+        return self.compute(
+            mixer.name, OpKind.COMPUTE, self.demands.agent,
+            2.0 * n_tokens * mixer.matrix_params / layers + context_flop / layers,
+            self.read_bytes(mixer.name, mixer.matrix_params / layers, mixer.vector_params / layers)
+            + self.read_bytes("norms", 0.0, norm_params) + context_bytes / layers,
+            STATE_SPACE_KERNELS if model.architecture.state_space else ATTENTION_KERNELS)
+
+    def feeds(self, n_tokens: float, norm_params: float) -> list[tuple[int, str]]:
+        """The whole FFN of each kind of layer for all its tokens."""
+        model, found = self.context.model, []
+        for name, streamed in zip(self.context.layers.names, self.demands.layer_stream_bytes, strict=True):
+            work = ffn_work(model, name, n_tokens)
+            n_bytes = sum(self.read_bytes(group, matrices, work.read_vector_params[group])
+                          for group, matrices in work.read_matrix_params.items() if matrices)
+            found.append(self.compute(
+                "ffn", OpKind.COMPUTE, self.demands.agent, 2.0 * sum(work.multiplied_params.values()),
+                n_bytes + self.read_bytes("norms", 0.0, norm_params if work.kernels else 0.0), work.kernels,
+                {self.memory: streamed}))
+        return found
+
 
 def decode_schedule(context: Context, demands: Demands) -> Schedule:
     """Ops of a decode step in steady state.
@@ -133,44 +179,26 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
     a, batch, agent = model.architecture, workload.batch, demands.agent
     n_columns = len(demands.depth)
     ops = _Ops(context, demands, n_columns)
-    matrix, vector = context.compute_bytes_per_param(agent)
-    layers = a.n_layers
-    attention, ffn = model.group("attention"), model.group("ffn")
-    per_norm = model.group("norms").vector_params / (layers * a.norms_per_layer + a.final_norm)
-    norm_params = per_norm * a.norms_per_layer / 2  # half of a layer's with its attention, half with its FFN
-
-    def weights(matrices: float, vectors: float) -> float:
-        return matrices * matrix + vectors * vector
-
-    def reads(name: str, n_bytes: Array) -> list[tuple[int, str]]:
-        return ops.move(name, n_bytes, stream_requests(n_bytes), ops.hops, n_bytes)
-
-    stream_layer = reads("weights", demands.layer_stream_bytes)
-    stream_head = reads("head weights", demands.head_stream_bytes)
-    release_layer = {ops.memory: demands.layer_stream_bytes}
-
-    kv_read = model.kv_bytes_per_token(workload.kv) / layers * workload.mean_decode_context * batch
-    wide = a.n_heads * a.d_head
-    attend = ops.compute(
-        "attention", OpKind.COMPUTE, agent,
-        batch * (2.0 * attention.matrix_params / layers + 4.0 * workload.mean_decode_context * wide),
-        weights(attention.matrix_params / layers, attention.vector_params / layers + norm_params) + kv_read,
-        ATTENTION_KERNELS)
-    ffn_kernels = FFN_KERNELS + (2 if a.gated else 0)
-    ffn_vectors = ffn.vector_params / layers + norm_params
+    layers, kind = a.n_layers, context.layers.kind
+    norm_params = model.norm_params * a.norms_per_layer / 2  # half of a layer's with its attention, half with its FFN
+    stream_layer, stream_head = ops.streams()
+    context_flop = batch * model.attention_flop(workload.mean_decode_context, workload.mean_decode_window(a.window))
+    attend = ops.mixer(batch, context_flop, context.decode_kv_bytes, norm_params)
     units = demands.units
     predict: tuple[int, str] | None = None
     unit_moves: list[list[tuple[int, str]]] = []
     upkeep: list[tuple[int, str]] = []
     feed: list[tuple[int, str]] = []
     if units is None:
-        n_bytes = weights(ffn.matrix_params / layers, ffn_vectors)
-        feed = [ops.compute("ffn", OpKind.COMPUTE, agent, 2.0 * batch * ffn.matrix_params / layers, n_bytes,
-                            ffn_kernels, release_layer)] * layers
+        whole = ops.feeds(batch, norm_params)
+        feed = [whole[k] for k in kind]
     else:
+        ffn = model.group("ffn")
         if units.predictor_params:
             predict = ops.compute("predictor", OpKind.PREDICTOR, agent, 2.0 * batch * units.predictor_params,
-                                  weights(units.predictor_params, 0), 2)
+                                  ops.read_bytes("ffn", units.predictor_params, 0.0), 2)
+        beside = ops.read_bytes("ffn", 0.0, ffn.vector_params / layers) + ops.read_bytes("norms", 0.0, norm_params)
+        kernels = ffn_work(model, "plain", batch).kernels
         # Rows are rearranged where they live: by the CPU in unified memory, by the GPU in its own.
         keeper = context.host_agent if ops.memory == context.device.host and context.host_agent else agent
         unit_hops = context.path_to(agent)
@@ -179,13 +207,13 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
                                        units.read_bytes[layer]))
             upkeep.append(ops.compute("upkeep", OpKind.MEMORY, keeper, 0.0, units.upkeep_bytes[layer],
                                       np.where(units.upkeep_bytes[layer] > 0, 2.0, 0.0)))
-            rows = units.rows[layer]
+            params = units.rows[layer] * context.unit_params
             feed.append(ops.compute(
-                "ffn", OpKind.COMPUTE, agent, 2.0 * batch * rows * context.unit_params,
-                rows * context.unit_params * matrix + ffn_vectors * vector, ffn_kernels,
-                {ops.memory: demands.layer_stream_bytes + units.read_bytes[layer]}))
+                "ffn", OpKind.COMPUTE, agent, 2.0 * batch * params,
+                params * context.read_bytes_per_param(agent, "ffn")[0] + beside, kernels,
+                {ops.memory: demands.layer_stream_bytes[kind[layer]] + units.read_bytes[layer]}))
     head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * batch * model.head_params,
-                       weights(model.head_params, per_norm * a.final_norm), HEAD_KERNELS,
+                       ops.head_bytes(), HEAD_KERNELS,
                        {ops.memory: demands.head_stream_bytes})
     step = ops.compute("step", OpKind.SYNC, agent, 0.0, 0.0, 1.0) if context.agent(agent).step_overhead else None
     lookup = ops.move("embedding rows", np.full(n_columns, demands.lookup_bytes), np.full(n_columns, float(batch)),
@@ -208,7 +236,7 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
         if stage in fetched:
             return
         where = stage % n_stages
-        moves = stream_head if where == layers else stream_layer
+        moves = stream_head if where == layers else stream_layer[kind[where]]
         free = computed[stage - 1 - p] if stage - 1 - p >= 0 else None
         op = free
         for demand, stream in moves:
@@ -268,42 +296,28 @@ def prefill_schedule(context: Context, demands: Demands) -> Schedule:
     """
     model, workload = context.model, context.workload
     a, agent = model.architecture, demands.agent
-    n_columns = len(demands.depth)
-    ops = _Ops(context, demands, n_columns)
-    matrix, vector = context.compute_bytes_per_param(agent)
-    layers, n = a.n_layers, workload.prompt_tokens * workload.batch
-    attention, ffn = model.group("attention"), model.group("ffn")
-    wide = a.n_heads * a.d_head
-    kv = model.kv_bytes_per_token(workload.kv) / layers * n
-
-    def reads(name: str, n_bytes: Array) -> list[tuple[int, str]]:
-        return ops.move(name, n_bytes, stream_requests(n_bytes), ops.hops, n_bytes)
-
-    stream_layer = reads("weights", demands.layer_stream_bytes)
-    stream_head = reads("head weights", demands.head_stream_bytes)
-    attend = ops.compute(
-        "attention", OpKind.COMPUTE, agent,
-        2.0 * n * attention.matrix_params / layers + 2.0 * n * workload.prompt_tokens * wide,
-        attention.matrix_params / layers * matrix + attention.vector_params / layers * vector + kv, ATTENTION_KERNELS)
-    feed = ops.compute(
-        "ffn", OpKind.COMPUTE, agent, 2.0 * n * ffn.matrix_params / layers,
-        ffn.matrix_params / layers * matrix + ffn.vector_params / layers * vector,
-        FFN_KERNELS + (2 if a.gated else 0), {ops.memory: demands.layer_stream_bytes})
-    head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * workload.batch * model.head_params,
-                       model.head_params * matrix, HEAD_KERNELS, {ops.memory: demands.head_stream_bytes})
+    ops = _Ops(context, demands, len(demands.depth))
+    layers, n, kind = a.n_layers, workload.prompt_tokens * workload.batch, context.layers.kind
+    stream_layer, stream_head = ops.streams()
+    seen = workload.prompt_tokens / 2, workload.mean_prompt_window(a.window)  # a token attends to those before it
+    written = model.kv_bytes(workload.kv, workload.prompt_tokens) * workload.batch
+    attend = ops.mixer(n, n * model.attention_flop(*seen), written, 0.0)
+    feed = ops.feeds(n, 0.0)
+    head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * workload.batch * model.head_params, ops.head_bytes(),
+                       HEAD_KERNELS, {ops.memory: demands.head_stream_bytes})
     builder = ops.builder
     ahead = demands.prefetch
     computed: list[int] = []
     last: int | None = None
     for stage in range(layers + 1):
         op = computed[stage - 1 - ahead] if stage - 1 - ahead >= 0 else None
-        for demand, stream in stream_head if stage == layers else stream_layer:
+        for demand, stream in stream_head if stage == layers else stream_layer[kind[stage]]:
             op = builder.op(demand, stream, deps=[op], phase=Phase.PREFILL, layer=stage)
         if stage == layers:
             last = builder.op(*head, deps=[last, op], phase=Phase.PREFILL, layer=stage)
         else:
             attended = builder.op(*attend, deps=[last, op], phase=Phase.PREFILL, layer=stage)
-            last = builder.op(*feed, deps=[attended], phase=Phase.PREFILL, layer=stage)
+            last = builder.op(*feed[kind[stage]], deps=[attended], phase=Phase.PREFILL, layer=stage)
         computed.append(last)
     assert last is not None
     builder.end_token(last)

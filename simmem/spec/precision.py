@@ -9,13 +9,15 @@ from __future__ import annotations
 
 from simmem.errors import SpecError
 
-__all__ = ["COMPUTE_FALLBACK", "PRECISIONS", "matrix_bytes_per_param", "vector_bytes_per_param"]
+__all__ = ["COMPUTE_FALLBACK", "FILE", "PRECISIONS", "matrix_bytes_per_param", "vector_bytes_per_param"]
 
 GROUP_SIZE = 64
 GROUP_OVERHEAD_BITS = 32
 
 _BITS = {"fp32": 32.0, "fp16": 16.0, "bf16": 16.0, "int8": 8.0, "int4": 4.0, "int3": 3.0, "int2": 2.0}
 PRECISIONS = tuple(_BITS)
+FILE = "file"
+"""Every tensor at the precision it has in the file the model was read from (GGUF, quantised checkpoints)."""
 
 COMPUTE_FALLBACK = {
     "fp32": ("fp32",),
@@ -25,6 +27,7 @@ COMPUTE_FALLBACK = {
     "int4": ("fp16", "fp32"),
     "int3": ("fp16", "fp32"),
     "int2": ("fp16", "fp32"),
+    FILE: ("fp16", "fp32"),
 }
 """Weight-only quantisation: weights are expanded before the multiply, so int weights compute as fp16."""
 

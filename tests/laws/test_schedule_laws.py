@@ -195,7 +195,7 @@ def test_all_durations_times_c_is_the_makespan_times_c(data: st.DataObject, c: f
         assert other.end_s == pytest.approx(c * base.end_s, rel=1e-9, abs=0)
 
 
-RATES = ("rate", "request_rate", "rate_share", "flop_share")
+RATES = ("rate", "request_rate", "single_rate", "rate_share", "flop_share")
 TIMES = ("latency", "request_time", "op_overhead", "step_overhead")
 
 
@@ -307,7 +307,7 @@ def test_a_window_without_a_predictor_streams_the_whole_ffn(context: Context, da
                   {**block.columns, "attention_resident": np.ones(3)})
     ahead, agent = int(block.structural["prefetch_layers"]), str(block.structural["agent"])
     ffn = context.model.group("ffn").matrix_params * context.unit_bytes / context.unit_params
-    per_layer = np.full(3, ffn / context.model.architecture.n_layers)
+    per_layer = np.full((1, 3), ffn / context.model.architecture.n_layers)
     demands = Demands(agent=agent, prefetch=ahead, source=context.device.storage,
                       depth=block.columns["reader_threads"].astype(float), layer_stream_bytes=per_layer,
                       head_stream_bytes=np.zeros(3), held_bytes={})

@@ -59,14 +59,15 @@ def resident_share(context: Context, block: Block) -> Array:
 
 
 def streamed(context: Context, ratio: Array) -> tuple[Array, Array]:
-    """Bytes streamed per layer and for the head when `ratio` of the weights is resident. [B]"""
-    return (1.0 - ratio) * context.layer_bytes, (1.0 - ratio) * context.head_bytes
+    """Bytes streamed for each kind of layer (n_kinds, n) and for the head (n,) when `ratio` (n,) of the weights is
+    resident. [B]"""
+    return np.outer(context.layers.stored_bytes, 1.0 - ratio), (1.0 - ratio) * context.head_bytes
 
 
 def _staging(context: Context, block: Block) -> Array:
     """Buffers for the stages that are streamed ahead and the one that computes, (n_candidates,). [B]"""
     layer, head = streamed(context, resident_share(context, block))
-    return np.asarray((int(block.structural.get("prefetch_layers", 0)) + 1) * np.maximum(layer, head))
+    return np.asarray((int(block.structural.get("prefetch_layers", 0)) + 1) * np.maximum(layer.max(axis=0), head))
 
 
 def _passes_host(context: Context, block: Block) -> bool:
@@ -132,11 +133,10 @@ def dense_placements(context: Context, block: Block) -> list[Placement]:
 
 def dense_report(context: Context, block: Block) -> dict[str, Any]:
     """A dense plan reads what it asks for, drops no work and computes every unit on its agent."""
-    a = context.model.architecture
     layer, head = streamed(context, resident_share(context, block))
     from_storage = source_tier(context, block) == context.device.storage
     return {
-        "requested_bytes": float(a.n_layers * layer[0] + head[0]) if from_storage else 0.0,
+        "requested_bytes": float(layer[list(context.layers.kind), 0].sum() + head[0]) if from_storage else 0.0,
         "cache": {}, "active_share": {str(block.structural["agent"]): 1.0}, "notes": [], "perplexity_ratio": 1.0,
         "quality_source": "dense: no work is dropped",
     }

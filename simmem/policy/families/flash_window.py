@@ -137,7 +137,7 @@ class FlashWindow:
         share = 1.0 - block.columns["attention_resident"].astype(np.float64)
         # What the FFN keeps beside its fetched neurons (a gate that predicts, biases) streams like attention.
         beside = (context.group_bytes["ffn"] - self._neuron_bytes(context)) / context.model.architecture.n_layers
-        layer = share * (context.attention_bytes + beside)
+        layer = share * (context.mixer_bytes + beside)
         if block.structural["predictor"] == "none":  # nothing is predicted, so everything is read: stored packed
             layer = layer + self._neuron_bytes(context) / context.model.architecture.n_layers
         elif neurons:
@@ -291,7 +291,7 @@ class FlashWindow:
         return Demands(
             agent=str(block.structural["agent"]), prefetch=int(block.structural["prefetch_layers"]),
             source=context.device.storage, depth=np.repeat(block.columns["reader_threads"].astype(np.float64), n),
-            layer_stream_bytes=np.repeat(layer, n), head_stream_bytes=np.repeat(head, n),
+            layer_stream_bytes=np.repeat(layer, n)[None], head_stream_bytes=np.repeat(head, n),
             held_bytes={fast: np.repeat(self._fixed(context, block) + cache.rows_bytes, n)},
             units=None if dense else self._unit_demands(context, block, cache, rows),
             lookup_bytes=self._lookup_bytes(context))
@@ -326,7 +326,7 @@ class FlashWindow:
         return prefill_schedule(context, Demands(
             agent=str(block.structural["agent"]), prefetch=self._prompt_ahead(block),
             source=context.device.storage, depth=block.columns["reader_threads"].astype(np.float64),
-            layer_stream_bytes=layer, head_stream_bytes=head, held_bytes={fast: self._fixed(context, block)}))
+            layer_stream_bytes=layer[None], head_stream_bytes=head, held_bytes={fast: self._fixed(context, block)}))
 
     def _missing_for_next(self, context: Context, block: Block, window: int) -> tuple[int, float] | None:
         """The next longer window that is searched and the bytes it lacks; None where it fits or there is none."""
