@@ -13,6 +13,7 @@ import json
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -146,9 +147,16 @@ def _parse_header(metadata: dict[str, object], path: Path) -> TraceHeader:
     except SpecError as error:
         raise _bad(path, f"has a header that is not a trace's: {error.message}", key=error.key) from None
     for key, value in header:
-        if isinstance(value, str) and not value.isprintable():  # it would reach the terminal
+        said = _texts(value.model_dump()) if key == "imported" and value is not None else [value]
+        if any(isinstance(one, str) and not one.isprintable() for one in said):  # it would reach the terminal
             raise _bad(path, "holds characters that cannot be printed", key=key)
     return header
+
+
+def _texts(fields: dict[str, Any]) -> list[Any]:
+    """The values of a part of the header, and the names and values of the tables in it."""
+    tables = [part for part in fields.values() if isinstance(part, dict)]
+    return [*fields.values(), *(text for table in tables for pair in table.items() for text in pair)]
 
 
 def _parse_json(raw: bytes | str, path: Path) -> dict[str, object]:

@@ -1,8 +1,8 @@
 """What is a trace? Which units every token of a run touched in every layer, and how that was found.
 
-A unit is whatever is fetched as one; here an FFN neuron, whose rows and columns (2·d_model
-parameters, 3· when gated) are stored side by side. Activity is kept as packed bits, least
-significant bit first: bit u % 8 of byte u // 8 is unit u.
+A unit is whatever is fetched as one: an FFN neuron, whose rows and columns (2·d_model parameters,
+3· when gated) are stored side by side, or a whole expert of a mixture. Activity is kept as packed
+bits, least significant bit first: bit u % 8 of byte u // 8 is unit u.
 """
 
 from __future__ import annotations
@@ -19,7 +19,9 @@ from simmem.errors import TraceError
 from simmem.spec.base import Frozen
 from simmem.spec.model import Model
 
-__all__ = ["Quality", "Trace", "TraceHeader", "digest_of"]
+__all__ = ["Imported", "Quality", "Trace", "TraceHeader", "Unit", "digest_of"]
+
+Unit = Literal["ffn-neuron", "expert", "kv-block"]
 
 
 class Quality(Frozen):
@@ -35,6 +37,25 @@ class Quality(Frozen):
         return self.sparse_perplexity / self.dense_perplexity
 
 
+class Imported(Frozen):
+    """Which log of another program a trace was read from, and how that was read."""
+
+    file: str
+    sha256: str
+    columns: dict[str, str]
+    """The fields that were taken: token, layer, unit and sequence → name in the log."""
+    where: dict[str, str] = Field(default_factory=dict)
+    """Records were taken only where these fields had these values."""
+    layer_ids: tuple[int, ...]
+    """What the log calls each layer of the trace, in order."""
+    first_unit: int = 0
+    """What the log calls unit 0."""
+    sequences: PositiveInt = 1
+    """Requests that follow one another in the trace, in the order in which the log first names them."""
+    missing: int = Field(default=0, ge=0)
+    """Pairs of token and layer that the log does not have; they touch nothing."""
+
+
 class TraceHeader(Frozen):
     """Where a trace comes from and what it may be used for."""
 
@@ -45,7 +66,7 @@ class TraceHeader(Frozen):
     n_tokens: PositiveInt
     n_layers: PositiveInt
     n_units: PositiveInt
-    unit: Literal["ffn-neuron"] = "ffn-neuron"
+    unit: Unit = "ffn-neuron"
     unit_bytes: float = Field(gt=0)
     """Bytes of one unit at `unit_precision`; planning at another precision scales it. [B]"""
     unit_precision: str = "fp16"
@@ -60,6 +81,7 @@ class TraceHeader(Frozen):
     quality: Quality | None = None
     text: str
     text_licence: str | None = None
+    imported: Imported | None = None
     host: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     created: str | None = None
@@ -108,12 +130,13 @@ class Trace:
         return float(self.active_counts.mean() / self.header.n_units)
 
     def check_model(self, model: Model) -> None:
-        """Raise TraceError unless this trace has the shape of `model`'s FFN."""
-        a = model.architecture
-        if (self.header.n_layers, self.header.n_units) != (a.n_layers, a.d_ff):
-            raise TraceError(
-                f"has {self.header.n_layers} layers of {self.header.n_units} units, "
-                f"{model.name} has {a.n_layers} of {a.d_ff}", key=self.header.name)
+        """Raise TraceError unless this trace has as many layers and units as `model` has of its kind of unit."""
+        h = self.header
+        shape = model.units_of(h.unit)
+        if (h.n_layers, h.n_units) != shape:
+            kind = "unit" if h.unit == "ffn-neuron" else h.unit
+            has = f"{shape[0]} of {shape[1]}" if shape else "none"
+            raise TraceError(f"has {h.n_layers} layers of {h.n_units} {kind}s, {model.name} has {has}", key=h.name)
 
     def batched(self, batch: int, *, min_tokens: int = 8) -> Trace:
         """The same activity as `batch` sequences decoded together: a step touches the union.
