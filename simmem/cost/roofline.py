@@ -20,7 +20,6 @@ from simmem.cost.surface import Regime, read_seconds
 from simmem.errors import SpecError
 from simmem.schedule import DemandClass, Durations, OpKind, Schedule
 from simmem.spec.device import Agent, Device, Link
-from simmem.spec.precision import COMPUTE_FALLBACK
 
 __all__ = [
     "Factors",
@@ -132,11 +131,10 @@ def storage_throughput(link: Link, size_bytes: Array | float, depth: Array | flo
 
 def arithmetic_peak(agent: Agent, name: str, precision: str) -> tuple[str, float]:
     """Key and value of the peak rate that weights of a precision compute at. [FLOP/s]"""
-    for candidate in (*COMPUTE_FALLBACK[precision], "fp32"):
-        figure = agent.flop_per_s.get(candidate)  # type: ignore[call-overload]
-        if figure is not None:
-            return f"agent.{name}.flop_per_s.{candidate}", figure.value
-    raise SpecError(f"has no arithmetic rate for {precision} weights", key=f"agent.{name}.flop_per_s")
+    computed = agent.computes_as(precision)
+    if computed is None:
+        raise SpecError(f"has no arithmetic rate for {precision} weights", key=f"agent.{name}.flop_per_s")
+    return f"agent.{name}.flop_per_s.{computed}", agent.flop_per_s[computed].value
 
 
 def capacity_bytes_per_s(device: Device, resource: str, factors: Factors | None = None) -> float | Array:

@@ -183,6 +183,8 @@ def _naive_seconds(question: Question, weights: str, agent: str) -> float | None
     fixed = {"agent": agent, "source_tier": "storage", "resident_ratio": 0.0, "prefetch_layers": 0,
              "reader_threads": 32}
     context = question.context(weights)
+    if agent not in context.able_agents:
+        return None
     policy = policy_named("stream")
     for block in blocks(policy, context, fixed):
         if capacity_cut(policy, context, block).fits.all():

@@ -51,17 +51,17 @@ def agent_bound(context: Context, name: str, *, any_token: bool = False) -> Boun
 
 def lower_bound(context: Context) -> Bound:
     """A latency that no policy at this model, precision and trace can beat, agents working side by side included."""
-    device, workload = context.device, context.workload
+    device, workload, agents = context.device, context.workload, context.able_agents
     multiplied, read = _used(context)
     n_bytes = context.decode_kv_bytes + min(
         sum(params * context.read_bytes_per_param(name, group)[0] for group, params in read.items())
-        for name in device.agent)
+        for name in agents)
     together, flop_per_s = 0.0, 0.0
-    for memory_name in {a.memory: None for a in device.agent.values()}:
-        rates = [a.rate.value * a.rate_share.value for a in device.agent.values() if a.memory == memory_name]
+    for memory_name in {a.memory: None for a in agents.values()}:
+        rates = [a.rate.value * a.rate_share.value for a in agents.values() if a.memory == memory_name]
         limit = device.memory[memory_name].rate
         together += max(*rates, min(sum(rates), limit.value)) if limit else sum(rates)
-    for name, agent in device.agent.items():
+    for name, agent in agents.items():
         flop_per_s += arithmetic_peak(agent, name, workload.weights)[1] * agent.flop_share.value
     storage, link = context.storage_link
     room = sum(v for k, v in context.budget_bytes.items() if k != device.storage)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from simmem.planner.document import Plan
 from simmem.spec.device import Device
+from simmem.spec.precision import FILE
 from simmem.units import format_quantity
 
-__all__ = ["LIMITS", "reasons"]
+__all__ = ["LIMITS", "precision_words", "reasons"]
 
 LIMITS = {
     "io": "reading from storage",
@@ -20,12 +21,18 @@ LIMITS = {
 """What each part of the breakdown is, in words."""
 
 
+def precision_words(precision: str) -> str:
+    """A precision as it reads in a sentence."""
+    return "the file's own precision" if precision == FILE else precision
+
+
 def reasons(plan: Plan, device: Device, notes: list[str]) -> list[str]:
     """The choice, what limits it, what it beats, and under which conditions."""
     p, fit = plan.predicted, plan.fit
+    native, chosen_weights = precision_words(fit.weights), precision_words(plan.workload.weights)
     found = []
     if fit.missing_bytes > 0:
-        text = (f"{fit.weights} does not fit in {fit.tier}: it needs {format_quantity(fit.needed_bytes, 'bytes')} with "
+        text = (f"{native} does not fit in {fit.tier}: it needs {format_quantity(fit.needed_bytes, 'bytes')} with "
                 f"its keys and values, {fit.missing_bytes:.0f} bytes more than the budget of "
                 f"{format_quantity(fit.budget_bytes, 'bytes')}")
         if fit.stream_token_latency_s is not None:
@@ -34,9 +41,9 @@ def reasons(plan: Plan, device: Device, notes: list[str]) -> list[str]:
             text += ", and nothing is left to stream it through or from"
         found.append(text)
     else:
-        found.append(f"{fit.weights} fits in {fit.tier}: {format_quantity(fit.needed_bytes, 'bytes')} of "
+        found.append(f"{native} fits in {fit.tier}: {format_quantity(fit.needed_bytes, 'bytes')} of "
                      f"{format_quantity(fit.budget_bytes, 'bytes')}")
-    chosen = f"{plan.policy.name} at {plan.workload.weights} takes {format_quantity(p.token_latency_s, 's')} a token"
+    chosen = f"{plan.policy.name} at {chosen_weights} takes {format_quantity(p.token_latency_s, 's')} a token"
     rivals = sorted(plan.baselines, key=lambda b: b.token_latency_s)
     if rivals:
         chosen += f", against {format_quantity(rivals[0].token_latency_s, 's')} for {rivals[0].policy}"
@@ -44,9 +51,9 @@ def reasons(plan: Plan, device: Device, notes: list[str]) -> list[str]:
     slower = [a for a in plan.alternatives if a.predicted.token_latency_s > p.token_latency_s]
     if slower and plan.workload.weights != fit.weights:
         best = min(slower, key=lambda a: a.predicted.token_latency_s)
-        found.append(f"{plan.workload.weights} is chosen because fewer bytes move: the best {best.weights} plan, "
+        found.append(f"{chosen_weights} is chosen because fewer bytes move: the best {best.weights} plan, "
                      f"{best.policy}, takes {format_quantity(best.predicted.token_latency_s, 's')}; what "
-                     f"{plan.workload.weights} costs in quality was not measured, so name --weights to decide yourself")
+                     f"{chosen_weights} costs in quality was not measured, so name --weights to decide yourself")
     part, seconds = max(p.breakdown_s.items(), key=lambda item: item[1])
     found.append(f"{format_quantity(seconds / p.token_latency_s, 'ratio', 2)} of a token goes to {LIMITS[part]}")
     helpful = [s for s in plan.sensitivity if abs(s.token_latency_change) > 0.005]
@@ -56,9 +63,10 @@ def reasons(plan: Plan, device: Device, notes: list[str]) -> list[str]:
         found.append(f"{format_quantity(top.change, 'ratio', 2)} more {top.figure} {word} "
                      f"{format_quantity(abs(top.token_latency_change), 'ratio')} of a token's time, the most of any "
                      "figure" + (" (replanned)" if top.replanned else ""))
-    found.append(f"no plan at {plan.workload.weights} can be faster than "
+    times = p.token_latency_s / plan.bound.token_latency_s
+    found.append(f"no plan at {chosen_weights} can be faster than "
                  f"{format_quantity(plan.bound.token_latency_s, 's')} a token ({plan.bound.resource}); this one takes "
-                 f"{p.token_latency_s / plan.bound.token_latency_s:.2f} times that")
+                 f"{times:.{2 if times < 100 else 0}f} times that")
     found += notes
     agent = str(plan.policy.knobs.get("agent"))
     together = device.agent[agent].memory == device.host and any(v > 0 for v in p.bytes_per_token.values())

@@ -86,6 +86,10 @@ def ask(
         spec_model.group_bytes(FILE)  # refuses where no file says
     own = spec_model.own_precision
     precisions = (weights or own,) if weights or own == FILE else tuple(dict.fromkeys((own, "int8", "int4")))
+    precisions = tuple(p for p in precisions if any(a.computes_as(p) for a in spec_device.agent.values()))
+    if not precisions:
+        raise SpecError(f"no unit of {spec_device.name} has an arithmetic rate for {weights or own} weights",
+                        key="--weights")
     workload = Workload(prompt, new_tokens, batch, precisions[0], kv)
     workload.check(spec_model)
     fixed = dict(knobs or {})

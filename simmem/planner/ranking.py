@@ -69,7 +69,7 @@ def search(question: Question, weights: str) -> Found:
     context = question.context(weights)
     ranked: list[Candidate] = []
     nearest: tuple[float, str] | None = None
-    floor = {name: agent_bound(context, name, any_token=True).token_latency_s for name in context.device.agent}
+    floor = {name: agent_bound(context, name, any_token=True).token_latency_s for name in context.able_agents}
     pruned = float("inf")
     for name in question.policy_names:
         policy = policy_named(name)

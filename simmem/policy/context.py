@@ -94,6 +94,11 @@ class Context:
 
     # --- device -----------------------------------------------------------------------------
 
+    @cached_property
+    def able_agents(self) -> dict[str, Agent]:
+        """Units that can multiply weights of this precision."""
+        return {name: a for name, a in self.device.agent.items() if a.computes_as(self.workload.weights)}
+
     def memory_of(self, agent: str) -> str:
         """The tier an agent computes out of."""
         return self.device.agent[agent].memory

@@ -68,6 +68,10 @@ class ModelEntry(_Part):
     aliases: list[str]
     family: str
     native_precision: str
+    """`file` where the published weights hold several precisions."""
+    parameters: int | None
+    active_parameters: int | None
+    """What one token uses; fewer than all with experts."""
     n_layers: int
     d_model: int
     d_ff: int
@@ -246,8 +250,9 @@ class _Curve(_Part):
     peak_bytes: list[float]
     hit_ratio: list[float]
     bytes_per_token: list[float]
-    regret: list[float] | None
-    """Misses above Belady's, as a fraction of them; null while Belady's policy is not replayed."""
+    regret: list[float | None] | None
+    """Misses above the fewest possible (Belady's) at the same capacity and scope, as a fraction of them, in steady
+    state; null where the fewest possible are none and these are more."""
 
 
 class _ColdCurve(_Part):
@@ -260,6 +265,41 @@ class _Cold(_Part):
     tokens: int
     first_uses: int
     curves: list[_ColdCurve]
+
+
+class _PageCache(_Part):
+    size_bytes: float
+    page_bytes: int
+    slot_bytes: float
+    """What a unit takes: whole pages of its own."""
+    units: int
+
+
+class _PredictorQuality(_Part):
+    recall: float
+    precision: float
+
+
+class _LevelCurve(_Part):
+    policy: str
+    scope: Literal["layer", "global"]
+    dram_bytes: list[float]
+    """Of the private cache (a window's peak) and the page cache together."""
+    demand_bytes_per_token: list[float]
+    ahead_bytes_per_token: list[float]
+    """Read before the step by the predictor, what it did not use included."""
+    wasted_bytes_per_token: list[float]
+    page_cache_hit_ratio: list[float] | None
+    """Of what the private cache or the predictor read."""
+    storage_bytes_per_token: list[float] | None
+    held_twice_bytes: list[float] | None
+    """Of the page cache, what the private cache holds too; mean over tokens."""
+
+
+class _Levels(_Part):
+    page_cache: _PageCache | None
+    prefetch: Literal["previous-token", "frequent"] | _PredictorQuality | None
+    curves: list[_LevelCurve]
 
 
 class ReplayDocument(_Part):

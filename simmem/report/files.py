@@ -9,10 +9,15 @@ from pathlib import Path
 
 from simmem.errors import MachineError, SpecError
 
-__all__ = ["check_writable", "write_text"]
+__all__ = ["check_writable", "write_bytes", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 as `write_bytes` does."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
     """Write to a temporary file beside `path`, then rename it into place.
 
     Raises SpecError where the folder does not exist, MachineError where it cannot be written.
@@ -22,8 +27,8 @@ def write_text(path: Path, text: str) -> None:
     temporary = None
     try:
         handle, temporary = tempfile.mkstemp(dir=folder, prefix=f".{path.name}.")
-        with os.fdopen(handle, "w", encoding="utf-8") as stream:
-            stream.write(text)
+        with os.fdopen(handle, "wb") as stream:
+            stream.write(data)
             stream.flush()
             os.fsync(stream.fileno())
         Path(temporary).chmod(0o644)

@@ -103,7 +103,8 @@ def _model_entry(path: Path) -> dict[str, Any]:
     shapes = data["architecture"]
     return {
         "name": data["name"], "title": data["title"], "aliases": data.get("aliases", []), "family": data["family"],
-        "native_precision": data.get("native_precision", "fp16"),
+        "native_precision": "file" if "file_bytes" in data else data.get("native_precision", "fp16"),
+        "parameters": data.get("parameters"), "active_parameters": data.get("active_parameters"),
         **{key: shapes[key] for key in ("n_layers", "d_model", "d_ff", "max_positions")},
     }
 
@@ -139,8 +140,17 @@ def _device_row(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _model_row(entry: dict[str, Any]) -> tuple[str, ...]:
-    return (entry["name"], "\n".join(entry["aliases"]), entry["native_precision"], str(entry["n_layers"]),
+    total, active = entry["parameters"], entry["active_parameters"]
+    size = _parameters(total) + (f"\n{_parameters(active)} active" if active not in (None, total) else "")
+    return (entry["name"], "\n".join(entry["aliases"]), size, entry["native_precision"], str(entry["n_layers"]),
             f"{entry['d_model']} × {entry['d_ff']}", str(entry["max_positions"]))
+
+
+def _parameters(n: int | None) -> str:
+    """Parameters in millions or billions, as models are named."""
+    if n is None:
+        return "-"
+    return f"{n / 1e9:.3g} B" if n >= 1e9 else f"{n / 1e6:.3g} M"
 
 
 def _trace_row(entry: dict[str, Any]) -> tuple[str, ...]:
@@ -156,7 +166,7 @@ def _policy_row(entry: dict[str, Any]) -> tuple[str, ...]:
 
 _COLUMNS = {
     "device": (("device", "what it is", "memory", "agents", "figures"), _device_row),
-    "model": (("model", "also", "native", "layers", "d_model × d_ff", "context"), _model_row),
+    "model": (("model", "also", "parameters", "native", "layers", "d_model × d_ff", "context"), _model_row),
     "trace": (("trace", "kind", "active", "models, and which units count as active"), _trace_row),
     "policy": (("policy", "what it does", "needs a trace"), _policy_row),
 }

@@ -12,6 +12,7 @@ from simmem.planner.replan import Simulation
 from simmem.report.format import console as new_console
 from simmem.report.format import section
 from simmem.spec.device import Device
+from simmem.spec.precision import FILE
 from simmem.units import format_quantity
 
 __all__ = ["print_plan", "print_simulation"]
@@ -62,9 +63,10 @@ def print_plan(plan: Plan, device: Device) -> None:
     console.print()
 
     low, high = p.token_latency_interval_s
+    what = "weights as in the file" if w.weights == FILE else f"{w.weights} weights"
     step = "token" if w.batch == 1 else f"step of {w.batch} tokens"
     headline = Text.assemble(
-        (f"{plan.policy.name}, {w.weights} weights: {_s(p.token_latency_s)} a {step}", "bold green"),
+        (f"{plan.policy.name}, {what}: {_s(p.token_latency_s)} a {step}", "bold green"),
         f" (90 % interval {_s(low)} to {_s(high)})"
         f"\n{p.decode_tokens_per_s:.3g} tokens/s while decoding; first token after {_s(p.first_token_s)}, "
         f"loading {_s(p.load_s)}"

@@ -32,6 +32,7 @@ from simmem.spec.base import (
     validate,
     weakest,
 )
+from simmem.spec.precision import COMPUTE_FALLBACK
 
 if TYPE_CHECKING:
     import networkx
@@ -74,6 +75,10 @@ class Agent(Frozen):
     energy_per_flop: JoulePerFlop | None = None
     compute_precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Set by an engine that widens weights before use: the multiply reads this many bytes."""
+
+    def computes_as(self, weights: str) -> Literal["fp32", "fp16", "bf16", "int8"] | None:
+        """In which precision it multiplies weights of another; None where it has no rate for any that would do."""
+        return next((p for p in COMPUTE_FALLBACK[weights] if p in self.flop_per_s), None)
 
 
 class Link(Frozen):

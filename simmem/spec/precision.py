@@ -7,6 +7,8 @@ at 16 bits or more, as every common quantiser leaves them.
 
 from __future__ import annotations
 
+from typing import Literal
+
 from simmem.errors import SpecError
 
 __all__ = ["COMPUTE_FALLBACK", "FILE", "PRECISIONS", "matrix_bytes_per_param", "vector_bytes_per_param"]
@@ -19,7 +21,7 @@ PRECISIONS = tuple(_BITS)
 FILE = "file"
 """Every tensor at the precision it has in the file the model was read from (GGUF, quantised checkpoints)."""
 
-COMPUTE_FALLBACK = {
+COMPUTE_FALLBACK: dict[str, tuple[Literal["fp32", "fp16", "bf16", "int8"], ...]] = {
     "fp32": ("fp32",),
     "fp16": ("fp16", "fp32"),
     "bf16": ("bf16", "fp16", "fp32"),

@@ -61,7 +61,8 @@ def test_the_score_is_finite_and_the_footprint_holds_the_weights(context: Contex
     policy = policies()[name]
     block = data.draw(policy_blocks(policy, context, 3))
     assert np.isfinite(score(policy, context, block, np.zeros(1, np.int64))).all()
-    placed = sum(p.bytes for p in policy.placements(context, block.only(np.array([0]))) if p.tensors.startswith("weights"))
+    placements = policy.placements(context, block.only(np.array([0])))
+    placed = sum(p.bytes for p in placements if p.tensors.startswith("weights"))
     assert placed == pytest.approx(context.total_bytes, rel=1e-9)
 
 

@@ -47,10 +47,11 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "gpt-oss": ("gpt-oss", lambda t: t.GptOssConfig(**{**GQA, "intermediate_size": 32}, num_local_experts=8,
                                                     num_experts_per_tok=2, head_dim=16, sliding_window=128),
                 {"expert_used_count": 2, "attention.key_length": 16, "attention.sliding_window": 128}),
-    "gemma3": ("gemma3", lambda t: t.Gemma3TextConfig(**{**GQA, "num_hidden_layers": 6}, head_dim=32, sliding_window=64),
+    "gemma3": ("gemma3", lambda t: t.Gemma3TextConfig(**{**GQA, "num_hidden_layers": 6}, head_dim=32,
+                                                      sliding_window=64),
                {"attention.key_length": 32, "attention.sliding_window": 64}),
-    "falcon": ("falcon", lambda t: t.FalconConfig(**{k: v for k, v in COMMON.items() if k != "max_position_embeddings"}),
-               {}),
+    "falcon": ("falcon", lambda t: t.FalconConfig(hidden_size=64, num_hidden_layers=3, num_attention_heads=4,
+                                                  vocab_size=160), {}),
     "phi2": ("phi2", lambda t: t.PhiConfig(**COMMON, intermediate_size=96), {}),
     "phi3": ("phi3", lambda t: t.Phi3Config(**GQA, pad_token_id=0), {}),
     "gpt2": ("gpt2", lambda t: t.GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=160, n_positions=512), {}),
@@ -78,7 +79,7 @@ def _llama_cpp_tensors(arch: str, module: Any, n_layers: int) -> Iterator[tuple[
             each = each if out == 1 else [each[0], each[2], each[1]]
             for half in ("gate", "up"):
                 yield f"blk.{layer[1]}.ffn_{half}_exps.{'bias' if biased else 'weight'}", tuple(each)
-        elif name.endswith("experts.down_proj") or name.endswith("experts.down_proj_bias"):
+        elif name.endswith(("experts.down_proj", "experts.down_proj_bias")):
             swapped = (shape[0], shape[2], shape[1]) if arch == "gpt-oss" and not biased else shape
             yield f"blk.{layer[1]}.ffn_down_exps.{'bias' if biased else 'weight'}", swapped
         else:

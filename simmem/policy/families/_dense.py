@@ -9,6 +9,7 @@ from numpy.typing import NDArray
 
 from simmem.policy.base import Block, Knob, Placement
 from simmem.policy.context import Context
+from simmem.policy.layer_kinds import touched_experts
 from simmem.policy.layers import Demands
 
 __all__ = [
@@ -38,7 +39,7 @@ def depths(context: Context) -> tuple[int, ...]:
 
 def agent_knob(context: Context) -> Knob:
     """Which unit computes; searched unless named."""
-    agents = context.device.agent
+    agents = context.able_agents
     fastest_first = tuple(sorted(agents, key=lambda name: -agents[name].rate.value * agents[name].rate_share.value))
     return Knob("agent", "structural", fastest_first, "which unit computes the layers")
 
@@ -137,6 +138,23 @@ def dense_report(context: Context, block: Block) -> dict[str, Any]:
     from_storage = source_tier(context, block) == context.device.storage
     return {
         "requested_bytes": float(layer[list(context.layers.kind), 0].sum() + head[0]) if from_storage else 0.0,
-        "cache": {}, "active_share": {str(block.structural["agent"]): 1.0}, "notes": [], "perplexity_ratio": 1.0,
+        "cache": {}, "active_share": {str(block.structural["agent"]): 1.0}, "notes": _notes(context, layer),
+        "perplexity_ratio": 1.0,
         "quality_source": "dense: no work is dropped",
     }
+
+
+def _notes(context: Context, streamed_layers: Array) -> list[str]:
+    model, batch = context.model, context.workload.batch
+    experts = model.architecture.experts
+    if experts is None:
+        return []
+    found = []
+    if streamed_layers.any():
+        found.append(f"all {experts.count} experts of a layer are read for every token, which uses "
+                     f"{experts.per_token}: no policy here fetches only the chosen ones yet")
+    if batch > 1:
+        touched = touched_experts(experts.count, experts.per_token, batch)
+        found.append(f"routing is taken as uniform: the {batch} sequences then use {touched:.1f} of {experts.count} "
+                     "experts a layer; real routing is skewed and uses fewer")
+    return found
