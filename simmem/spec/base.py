@@ -8,7 +8,9 @@ the figure states one itself.
 from __future__ import annotations
 
 import math
+import re
 import tomllib
+from collections.abc import Iterator
 from enum import StrEnum
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -39,6 +41,19 @@ __all__ = [
 ]
 
 MAX_SPEC_BYTES = 1 << 20
+MAX_KEY_PARTS = 32
+MAX_WORD = 100
+
+# Comments and strings, unfinished ones too, and possessive: so that each character is looked at once.
+_QUOTED = re.compile(r'''
+    \#[^\n]*+
+  | """(?:[^"\\]|\\.|"(?!""))*+(?:""")?  |  \'{3}(?:[^']|'(?!\'\'))*+(?:\'{3})?
+  | "(?:[^"\\\n]|\\[^\n])*+"?         |  '[^'\n]*+'?
+''', re.DOTALL | re.VERBOSE)
+_LONG_KEY = re.compile(rf"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){{{MAX_KEY_PARTS}}}")
+# What moves the cursor or turns the direction of writing: texts of a file are shown on terminals.
+_CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u200e\u200f\u2028-\u202e\u2066-\u2069]")
+_LONG_WORD = re.compile(rf"(?<![\w-])[\w-]{{{MAX_WORD + 1}}}")
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -220,10 +235,33 @@ def load_toml(path: Path) -> dict[str, Any]:
         raise SpecError(f"cannot be read: {error.strerror or error}", file=str(path)) from None
     except UnicodeDecodeError:
         raise SpecError("is not UTF-8 text", file=str(path)) from None
+    # A dotted key of n parts takes tomllib n² time and memory, and an integer of thousands of digits cannot be shown.
+    bare = _QUOTED.sub("s ", text)
+    if _LONG_KEY.search(bare):
+        raise SpecError(f"has a key of more than {MAX_KEY_PARTS} parts", file=str(path))
+    if _LONG_WORD.search(bare):
+        raise SpecError(f"has a number or an unquoted word of more than {MAX_WORD} characters", file=str(path))
     try:
-        return tomllib.loads(text)
+        data = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise SpecError(f"is not valid TOML: {error}", file=str(path)) from None
+    for word in _texts(data):
+        if _CONTROL.search(word):
+            raise SpecError(f"holds {word[:60]!r}, with characters that control a terminal", file=str(path))
+    return data
+
+
+def _texts(data: Any) -> Iterator[str]:
+    """All keys and texts of a parsed file."""
+    rest = [data]
+    while rest:
+        match rest.pop():
+            case str(text):
+                yield text
+            case dict(table):
+                rest += [*table, *table.values()]
+            case list(items):
+                rest += items
 
 
 def validate(kind: type[M], data: Any, *, file: str) -> M:

@@ -20,7 +20,7 @@ from simmem.spec.model import Model
 
 __all__ = ["model_from_gguf"]
 
-_TENSOR = re.compile(r"(?:blk\.(?P<layer>\d{1,4})\.)?(?P<base>[a-z0-9_]+?)(?:\.(?P<expert>\d{1,5}))?"
+_TENSOR = re.compile(r"(?:blk\.\d{1,6}\.)?(?P<base>[a-z0-9_]+?)(?:\.(?P<expert>\d{1,5}))?"
                      r"(?:\.(?P<what>weight|bias))?")
 _NORMS = ("attn_norm", "attn_norm_2", "ffn_norm", "post_attention_norm", "post_ffw_norm", "attn_output_norm",
           "layer_output_norm")
@@ -42,10 +42,11 @@ class _Table:
         self.vector: dict[str, int] = defaultdict(int)
         self.bytes: dict[str, float] = defaultdict(float)
         for tensor in file.tensors:
-            match = _TENSOR.fullmatch(tensor.name)
-            layer = int(match["layer"]) if match and match["layer"] else None
+            of_layer = re.match(r"blk\.(\d{1,6})\.", tensor.name)
+            layer = int(of_layer[1]) if of_layer else None
             if layer is not None and layer >= n_layers:
                 continue  # layers that guess further tokens are no part of decoding
+            match = _TENSOR.fullmatch(tensor.name)
             group = _group(match, layer) if match else None
             if match is None or group is None:
                 raise SpecError("is a tensor simmem has no place for: the model is not a decoder of a known kind",
@@ -88,7 +89,7 @@ def _group(match: re.Match[str], layer: int | None) -> str | None:
         return "experts" if match["expert"] else "ffn"
     if base in ("ffn_up_shexp", "ffn_gate_shexp", "ffn_down_shexp", "ffn_gate_inp_shexp"):
         return "ffn"
-    if base in ("ffn_up_exps", "ffn_gate_exps", "ffn_down_exps"):
+    if base in ("ffn_up_exps", "ffn_gate_exps", "ffn_gate_up_exps", "ffn_down_exps"):
         return "experts"
     if base.startswith("attn_"):
         return "attention"
@@ -111,7 +112,8 @@ def model_from_gguf(path: Path) -> Model:
     table = _Table(file, n_layers, path)
     d_model, vocab = table.need(None, "token_embd")[:2]
     norms = [base for base in _NORMS if table.has(0, base)]
-    gated = any(table.has(layer, f"ffn_gate{kind}") for layer in (0, n_layers - 1) for kind in ("", "_exps", "_shexp"))
+    gated = any(table.has(layer, base) for layer in (0, n_layers - 1)
+                for base in ("ffn_gate", "ffn_gate_exps", "ffn_gate_up_exps", "ffn_gate_shexp"))
     architecture: dict[str, Any] = {
         "d_model": d_model, "n_layers": n_layers, "vocab": vocab, "max_positions": read.count("context_length"),
         "activation": "not in the file", "norm": "layernorm" if table.has(None, "output_norm", "bias") or any(
@@ -241,7 +243,7 @@ class _Metadata:
         value = self.metadata.get(key, default)
         if isinstance(value, (list, tuple)) and value and all(item == value[0] for item in value):
             value = value[0]
-        if type(value) is not int or not 0 <= value <= 10**9:
+        if type(value) is not int or not 0 <= value <= 1_000_000_000:
             shown = "nothing" if value is None else f"{value!r}"[:60]
             raise SpecError(f"found {shown}, expected one whole number", file=str(self.path), key=key)
         return value

@@ -63,11 +63,15 @@ def looks_like_path(name: str) -> bool:
 def resolve(what: str, name: str, *, relative_to: Path | None = None) -> Path:
     """The file behind a built-in name, an alias or a path (relative to `relative_to` when given)."""
     if looks_like_path(name):
-        path = Path(name).expanduser()
-        if relative_to is not None and not path.is_absolute():
-            path = relative_to / path
-        if path.exists():
-            return path
+        try:
+            path = Path(name).expanduser()
+            if relative_to is not None and not path.is_absolute():
+                path = relative_to / path
+            if path.exists():
+                return path
+        except (OSError, RuntimeError) as error:  # a name too long for the system; a home folder of nobody
+            why = getattr(error, "strerror", None) or error
+            raise SpecError(f"cannot be looked up: {why}", file=name[:200]) from None
         if name.lower() not in aliases(what):  # an alias may be a hub name such as facebook/opt-6.7b
             raise SpecError(f"no such {what} file", file=str(path))
     files = _files(what)

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
@@ -54,7 +54,7 @@ class ReferenceRow(Frozen):
     workload: _Workload = _Workload()
     budget: _Budget = _Budget()
     trace: str | None = None
-    quantity: str | dict[Literal["ratio"], tuple[str, str]]
+    quantity: str | Annotated[dict[Literal["ratio"], tuple[str, str]], Field(min_length=1)]
     published: PositiveFloat
     unit: str
     tolerance: float = Field(gt=0, le=10)
@@ -184,13 +184,15 @@ def _judge(raw: Any, path: Path, plans: dict[str, Plan | SimmemError], values: d
                 if name not in values:
                     raise SpecError(f"the ratio names the row {name!r}, which stands nowhere before it",
                                     file=str(path), key=f"{row.id}.quantity")
+            if not values[below]:
+                raise SpecError(f"the row {below!r} below the line predicts 0", file=str(path),
+                                key=f"{row.id}.quantity")
             predicted = values[above] / values[below]
         else:
             plan = _plan(row, path, plans)
             predicted = _number(plan, row.quantity, path, row.id)
             if row.interval:
-                low, high = _lookup(plan, row.interval, path, row.id)
-                bounds = (float(low), float(high))
+                bounds = _pair(_lookup(plan, row.interval, path, row.id), path, row.id)
     except SimmemError as error:
         failed: Status = "infeasible" if isinstance(error, InfeasiblePlanError) else "error"
         return _result(row, status="excluded" if excluded else failed, message=None if excluded else str(error))
@@ -243,6 +245,12 @@ def _lookup(plan: Plan, quantity: str, path: Path, row: str) -> Any:
             raise SpecError(f"the plan has no {quantity!r}: {part!r} is not among {known}", file=str(path),
                             key=f"{row}.quantity")
     return here
+
+
+def _pair(value: Any, path: Path, row: str) -> tuple[float, float]:
+    if not (isinstance(value, (list, tuple)) and len(value) == 2 and all(isinstance(v, (int, float)) for v in value)):
+        raise SpecError("leads to no pair of numbers, expected a [low, high]", file=str(path), key=f"{row}.interval")
+    return float(value[0]), float(value[1])
 
 
 def _number(plan: Plan, quantity: str, path: Path, row: str) -> float:
