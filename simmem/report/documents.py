@@ -76,6 +76,9 @@ class ModelEntry(_Part):
     d_model: int
     d_ff: int
     max_positions: int
+    experts: int
+    """Routed experts of a layer; 0 without."""
+    d_expert: int
 
 
 class ModelList(_Part):

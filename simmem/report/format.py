@@ -9,7 +9,7 @@ from rich.text import Text
 
 from simmem.units import format_quantity
 
-__all__ = ["console", "new_table", "number", "quantity", "section", "share"]
+__all__ = ["console", "new_table", "number", "parameters", "quantity", "section", "share"]
 
 
 class _Console(Console):
@@ -47,6 +47,14 @@ def quantity(value: float, dimension: str, digits: int = 4) -> str:
 def number(value: float, digits: int = 4) -> str:
     """A plain number to `digits` significant ones; whole numbers in full."""
     return f"{value:.0f}" if value == int(value) else f"{value:.{digits}g}"
+
+
+def parameters(n: int | None) -> str:
+    """Parameters in thousands to trillions, as models are named."""
+    if n is None:
+        return "-"
+    size, letter = next(((s, x) for s, x in ((1e12, "T"), (1e9, "B"), (1e6, "M")) if n >= s * 0.9995), (1e3, "K"))
+    return f"{n / size:.3g} {letter}"
 
 
 def share(value: float) -> str:

@@ -16,7 +16,10 @@ from simmem.units import parse_quantity
 if TYPE_CHECKING:
     from simmem.trace.trace import TraceHeader
 
-__all__ = ["list_names", "print_trace", "show"]
+__all__ = ["NO_LIMIT", "list_names", "print_trace", "show"]
+
+NO_LIMIT = 1_000_000_000
+"""Positions of a model whose context nothing limits (a state space). [tokens]"""
 
 _PLURAL = {"device": "devices", "model": "models", "trace": "traces", "policy": "policies"}
 
@@ -37,7 +40,7 @@ def list_names(what: str, as_json: bool) -> None:
     for entry in entries:
         table.add_row(*row(entry))
     out.print(table)
-    out.print(f"\n`simmem {plural} NAME` shows one.", style="dim")
+    out.print(f"\n`simmem {plural} NAME` shows one, with its other names and sources.", style="dim")
 
 
 def show(what: str, name: str, as_json: bool) -> None:
@@ -106,6 +109,7 @@ def _model_entry(path: Path) -> dict[str, Any]:
         "native_precision": "file" if "file_bytes" in data else data.get("native_precision", "fp16"),
         "parameters": data.get("parameters"), "active_parameters": data.get("active_parameters"),
         **{key: shapes[key] for key in ("n_layers", "d_model", "d_ff", "max_positions")},
+        "experts": shapes.get("experts", {}).get("count", 0), "d_expert": shapes.get("experts", {}).get("d_expert", 0),
     }
 
 
@@ -140,17 +144,19 @@ def _device_row(entry: dict[str, Any]) -> tuple[str, ...]:
 
 
 def _model_row(entry: dict[str, Any]) -> tuple[str, ...]:
+    from simmem.report.format import parameters
+
     total, active = entry["parameters"], entry["active_parameters"]
-    size = _parameters(total) + (f"\n{_parameters(active)} active" if active not in (None, total) else "")
-    return (entry["name"], "\n".join(entry["aliases"]), size, entry["native_precision"], str(entry["n_layers"]),
-            f"{entry['d_model']} × {entry['d_ff']}", str(entry["max_positions"]))
+    return (entry["name"], parameters(total), "" if active in (None, total) else parameters(active),
+            entry["native_precision"], str(entry["n_layers"]), _widths(entry),
+            str(entry["max_positions"]) if entry["max_positions"] < NO_LIMIT else "any")
 
 
-def _parameters(n: int | None) -> str:
-    """Parameters in millions or billions, as models are named."""
-    if n is None:
-        return "-"
-    return f"{n / 1e9:.3g} B" if n >= 1e9 else f"{n / 1e6:.3g} M"
+def _widths(entry: dict[str, Any]) -> str:
+    """Hidden widths: of a plain FFN, of its experts, or of both."""
+    plain = str(entry["d_ff"]) if entry["d_ff"] else ""
+    experts = f"{entry['experts']}×{entry['d_expert']}" if entry["experts"] else ""
+    return ", ".join(filter(None, (plain, experts))) or "-"
 
 
 def _trace_row(entry: dict[str, Any]) -> tuple[str, ...]:
@@ -166,7 +172,7 @@ def _policy_row(entry: dict[str, Any]) -> tuple[str, ...]:
 
 _COLUMNS = {
     "device": (("device", "what it is", "memory", "agents", "figures"), _device_row),
-    "model": (("model", "also", "parameters", "native", "layers", "d_model × d_ff", "context"), _model_row),
+    "model": (("model", "size", "used", "weights", "layers", "FFN width", "context"), _model_row),
     "trace": (("trace", "kind", "active", "models, and which units count as active"), _trace_row),
     "policy": (("policy", "what it does", "needs a trace"), _policy_row),
 }

@@ -12,7 +12,7 @@ from rich.text import Text
 
 from simmem.policy.base import KnobValue
 from simmem.report.documents import DeviceSheet, FigureRow, ModelSheet, PolicySheet, TraceSheet
-from simmem.report.format import console, new_table, number, quantity, section, share
+from simmem.report.format import console, new_table, number, parameters, quantity, section, share
 from simmem.report.sheets import Sheet
 from simmem.spec.base import Frozen
 from simmem.trace import TraceHeader
@@ -121,16 +121,20 @@ def _print_model(out: Console, sheet: ModelSheet) -> None:
     _heading(out, sheet.name, sheet.title, sheet.aliases)
     out.print(_pairs([("source", sheet.source), ("family", sheet.family), ("published in", sheet.native_precision),
                       ("parameters", _count(sheet.params)),
-                      *([("used by a token", _count(sheet.active_params))] if sheet.active_params < sheet.params else []),
+                      ("used by a token", _count(sheet.active_params) if sheet.active_params < sheet.params else None),
                       ("planned with trace", sheet.default_trace or "none")]))
     out.print()
     a = sheet.architecture
-    section(out, "Architecture", _pairs(_fields(a)))
+    section(out, "Architecture", _pairs((field, value) for field, value in _fields(a)
+                                        if field != "norm_bias" or a.norm == "layernorm"))
     shown = {**_PRECISIONS, **({"file": "the file"} if "file" in sheet.bytes else {})}
-    table = new_table("tensors", "parameters", *shown.values())
+    if "file" in shown:  # seven columns are as many as a terminal shows
+        del shown["int3"]
+    table = new_table("tensors", "size", *shown.values())
+    table.columns[0].no_wrap = True
     for group in sheet.groups:
-        table.add_row(group.name, number(group.params), *(quantity(group.bytes[p], "bytes", 3) for p in shown))
-    table.add_row("all", number(sheet.params), *(quantity(sheet.bytes[p], "bytes", 3) for p in shown), style="bold")
+        table.add_row(group.name, parameters(group.params), *(quantity(group.bytes[p], "bytes", 3) for p in shown))
+    table.add_row("all", parameters(sheet.params), *(quantity(sheet.bytes[p], "bytes", 3) for p in shown), style="bold")
     section(out, "Weights", table)
     what, held = (("State of a sequence", sheet.state_bytes) if a.state_space else
                   ("Keys and values of one token", sheet.kv_bytes_per_token))
@@ -141,7 +145,7 @@ def _print_model(out: Console, sheet: ModelSheet) -> None:
     if a.n_dense_layers:
         lines.append(f"One FFN neuron: {sheet.unit_params} parameters in {3 if a.gated else 2} matrices.")
     if a.experts:
-        lines.append(f"One expert: {number(sheet.expert_params)} parameters; a token uses {a.experts.per_token} of "
+        lines.append(f"One expert: {parameters(sheet.expert_params)} parameters; a token uses {a.experts.per_token} of "
                      f"{a.experts.count} in each of {a.n_expert_layers} layers.")
     out.print(Text("\n".join(lines)))
 
@@ -154,7 +158,7 @@ def _fields(part: Frozen, prefix: str = "") -> Iterator[tuple[str, str]]:
     for field, value in part:
         if isinstance(value, Frozen):
             yield from _fields(value, f"{field}.")
-        elif value is not None:
+        elif value is not None and (value is not False or field in ("gated", "tied_head")) and value != 0:
             yield prefix + field, ("yes" if value else "no") if isinstance(value, bool) else str(value)
 
 

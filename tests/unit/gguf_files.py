@@ -5,7 +5,7 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Sequence
 
-__all__ = ["ALIGNMENT", "a_gguf", "array", "assemble", "f32", "text", "texts", "u32"]
+__all__ = ["ALIGNMENT", "a_gguf", "a_gguf_model", "array", "assemble", "f32", "text", "texts", "u32"]
 
 ALIGNMENT = 32
 Typed = tuple[int, bytes]
@@ -65,3 +65,21 @@ def a_gguf() -> bytes:
         [("token_embd.weight", (64, 50), 1, 6400), ("blk.0.attn_q.weight", (64, 64), 8, 64 * 64 // 32 * 34),
          ("blk.0.attn_norm.weight", (64,), 0, 256),
          ("blk.0.ffn_gate_exps.weight", (64, 32, 4), 2, 64 * 32 * 4 // 32 * 18)])
+
+
+def a_gguf_model(data: int | None = None) -> bytes:
+    """A whole small model, a plain layer and one with experts; its header alone with data = 0."""
+    tensors = [("token_embd.weight", (64, 50), 1, 6400), ("output_norm.weight", (64,), 0, 256)]
+    for layer in (0, 1):
+        tensors += [(f"blk.{layer}.{name}.weight", (64, 64), 1, 8192) for name in ("attn_q", "attn_output")]
+        tensors += [(f"blk.{layer}.{name}.weight", (64, 32), 1, 4096) for name in ("attn_k", "attn_v")]
+        tensors += [(f"blk.{layer}.{name}.weight", (64,), 0, 256) for name in ("attn_norm", "ffn_norm")]
+    tensors += [("blk.0.ffn_gate.weight", (64, 96), 1, 12288), ("blk.0.ffn_up.weight", (64, 96), 1, 12288),
+                ("blk.0.ffn_down.weight", (96, 64), 1, 12288), ("blk.1.ffn_gate_inp.weight", (64, 4), 0, 1024)]
+    tensors += [(f"blk.1.ffn_{name}_exps.weight", (64, 32, 4) if name != "down" else (32, 64, 4), 2, 64 * 4 * 18)
+                for name in ("gate", "up", "down")]
+    return assemble(
+        [("general.architecture", text("qwen3moe")), ("general.name", text("small")),
+         ("qwen3moe.block_count", u32(2)), ("qwen3moe.context_length", u32(512)),
+         ("qwen3moe.attention.head_count", u32(4)), ("qwen3moe.attention.head_count_kv", u32(2)),
+         ("qwen3moe.expert_used_count", u32(2))], tensors, data=data)

@@ -34,7 +34,7 @@ from simmem.validation.reference import reproduce
 from tests.cli.conftest import simmem as simmem  # noqa: PLC0414 - a fixture
 from tests.cli.running import Simmem
 from tests.unit.fuzzing import mutate_bytes, mutate_json, to_toml
-from tests.unit.gguf_files import a_gguf
+from tests.unit.gguf_files import a_gguf, a_gguf_model
 
 WANTED = 110
 MOST = 1200
@@ -107,6 +107,16 @@ def mutated_trace(rng: random.Random) -> bytes:
     return len(text).to_bytes(8, "little") + text + tensors
 
 
+def config(rng: random.Random) -> bytes:
+    """A published `config.json`."""
+    return rng.choice(CONFIGS).read_bytes()
+
+
+def config_values(rng: random.Random) -> bytes:
+    return json.dumps(mutate_json(json.loads(config(rng)), rng)).encode()
+
+
+CONFIGS = sorted((Path(__file__).parents[1] / "data" / "configs").glob("*.json"))
 ROWS = {"schema": "simmem.reference/1", "row": [{
     "id": "mine", "system": "mine", "device": "m1-max", "model": "opt-125m", "policy": "stream",
     "knobs": {"resident_ratio": 0.5}, "workload": {"prompt_tokens": 8, "new_tokens": 8, "weights": "fp16"},
@@ -128,6 +138,10 @@ def load_rows(path: Path) -> None:
 PLAN_ON, PLAN_OF = ("plan", "--device", "m1-max", "--model"), ("plan", "--model", "opt-125m", "--device")
 IMPORTERS = {
     "gguf": Importer(".gguf", lambda rng: mutate_bytes(a_gguf(), rng, within=GGUF_HEADER_BYTES), read_gguf, PLAN_ON),
+    "gguf model": Importer(".gguf", lambda rng: mutate_bytes(a_gguf_model(), rng, within=len(a_gguf_model(data=0))),
+                           lambda path: load_model(str(path)), PLAN_ON),
+    "config": Importer(".json", either(config_values, lambda rng: mutate_bytes(config(rng), rng)),
+                       lambda path: load_model(str(path)), PLAN_ON),
     "trace": Importer(".safetensors", either(mutated_trace, lambda rng: mutate_bytes(a_trace_file()[0], rng)),
                       load_trace_file, ("replay",)),
     "device": Importer(".toml", toml("device", "iphone15", "rtx4090-pc", "m1-max"),
