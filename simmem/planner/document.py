@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -13,6 +13,7 @@ __all__ = [
     "Baseline",
     "Bound",
     "CacheUse",
+    "Emission",
     "Evidence",
     "Fit",
     "MemoryUse",
@@ -147,6 +148,27 @@ class Fit(_Part):
     """A token if the whole model is read for each, nothing resident. [s]"""
 
 
+class Emission(_Part):
+    """What makes an engine do a plan, and what it cannot do of it."""
+
+    engine: str
+    realises: Literal["exact", "nearest", "no"]
+    prepare: list[str]
+    """Commands to run once before, such as converting the checkpoint."""
+    arguments: list[str] | None
+    """llama.cpp: the program and its arguments."""
+    device_map: dict[str, int | str] | None
+    """accelerate: module → device, every parameter once."""
+    load: dict[str, Any] | None
+    """accelerate: the other arguments of `from_pretrained`; `max_memory` says what the map was made for."""
+    text: str | None
+    """What a person copies; null where the engine cannot do the plan."""
+    cannot: list[str]
+    differs: list[str]
+    instead: str | None
+    """The nearest thing the engine has, where it cannot do the plan."""
+
+
 class Plan(_Part):
     """A plan and what to expect of it."""
 
@@ -176,6 +198,8 @@ class Plan(_Part):
     """The software stack whose achieved shares were used, if one was named."""
     why: list[str]
     """The choice and its conditions, in sentences with numbers."""
+    emit: Emission | None = None
+    """How an engine is told to do it, where that was asked."""
 
     def to_json(self) -> str:
         """The document as `plan --json` prints it."""
