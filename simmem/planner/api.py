@@ -193,7 +193,7 @@ def _naive_seconds(question: Question, weights: str, agent: str) -> float | None
 
 
 def _fit(question: Question, agent: str) -> Fit:
-    native = question.model.own_precision
+    native = question.precisions[0]  # the one that was asked for, else the model's own
     context = question.context(native)
     tier = context.memory_of(agent)
     needed = context.total_bytes + context.kv_bytes + context.working_bytes

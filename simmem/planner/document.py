@@ -137,7 +137,7 @@ class Evidence(_Part):
 
 
 class Fit(_Part):
-    """Would the model simply stay in fast memory at the precision it was published in?"""
+    """Would the model simply stay in fast memory, at the precision that was asked for or else its own?"""
 
     weights: str
     tier: str

@@ -61,7 +61,10 @@ def token_seconds(candidate: Candidate, rows: NDArray[np.int64], changes: dict[s
 
 
 def interval_factors(candidate: Candidate, rows: NDArray[np.int64]) -> tuple[float, float]:
-    """5 % and 95 % quantiles of (analytic draw / analytic nominal), over draws of every figure."""
+    """5 % and 95 % quantiles of (analytic draw / analytic nominal), over draws of every figure.
+
+    The interval holds the nominal: figures that can only be worse than stated may push all draws to one side of it.
+    """
     context = candidate.context
     nominal = candidate.policy.decode(context, candidate.block, rows)
     base = _analytic_seconds(candidate, rows)
@@ -76,7 +79,7 @@ def interval_factors(candidate: Candidate, rows: NDArray[np.int64]) -> tuple[flo
     for index, (low_factor, high_factor) in enumerate(law_factors(candidate).values()):
         ratio = ratio * spread(TRACE_STREAM + index, low_factor, high_factor, n)
     low, high = np.quantile(ratio, [0.05, 0.95])
-    return float(low), float(high)
+    return min(float(low), 1.0), max(float(high), 1.0)
 
 
 def law_factors(candidate: Candidate) -> dict[str, tuple[float, float]]:

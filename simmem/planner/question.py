@@ -9,6 +9,7 @@ from pathlib import Path
 from simmem.errors import SpecError, TraceError
 from simmem.policy.base import policies, policy_named
 from simmem.policy.context import MAX_WINDOW, Context, Replayed
+from simmem.spec import library
 from simmem.spec.device import Device, load_device
 from simmem.spec.model import Model, load_model
 from simmem.spec.precision import FILE, PRECISIONS
@@ -105,6 +106,13 @@ def ask(
 
 def _replay(name: str | None, model: Model, batch: int) -> Replayed | None:
     """The trace to plan with; a synthetic one can be varied within what is known of its law."""
+    neurons = model.units_of("ffn-neuron")
+    if name is None and (neurons is None or model.name not in library.names("model")
+                         or load_model(model.name).units_of("ffn-neuron") != neurons):
+        return None  # a file may be called as a built-in model and be another: then that one's trace is not its own
+    if neurons is None and name is not None and library.resolve("trace", name).suffix == ".toml":
+        raise TraceError(f"is a synthetic trace of FFN neurons, which {model.name} does not have in every layer",
+                         file=name)
     opened = open_trace(name, model, batch=batch, n_tokens=MAX_WINDOW + FINAL_ROWS)
     if opened is not None and opened.header.unit != "ffn-neuron":
         raise TraceError(f"is a routing trace (of {opened.header.unit}s), which `simmem replay` uses; no policy plans "

@@ -172,8 +172,8 @@ class Context:
         """Bytes of a (matrix, vector) parameter of a group; their mean where a file holds the group in several. [B]"""
         if precision != FILE:
             return matrix_bytes_per_param(precision), vector_bytes_per_param(precision)
-        held = self.model.group(group)
-        mean = self.model.group_bytes(FILE)[group] / held.params
+        held = self.model.group_bytes(FILE).get(group, 0.0)  # a model may have no norms with parameters (OLMo)
+        mean = held / max(self.model.group(group).params, 1)
         return mean, mean
 
     def read_precision(self, agent: str) -> str:
@@ -202,7 +202,7 @@ class Context:
     def working_bytes(self) -> float:
         """Activations of the prompt through one layer, and one row of logits, in fp32. [B]"""
         a, w = self.model.architecture, self.workload
-        return 4.0 * w.batch * (w.prompt_tokens * (4 * a.d_model + (2 if a.gated else 1) * a.active_ff) + a.vocab)
+        return 4.0 * w.batch * (w.prompt_tokens * a.activations + a.vocab)
 
     # --- the trace ----------------------------------------------------------------------------
 

@@ -32,6 +32,9 @@ STREAM_CHUNK_BYTES = 4.0 * (1 << 20)
 
 ATTENTION_KERNELS = 8
 """norm, q, k, v, position, attention, output, residual: what a plain decoder launches. [kernels]"""
+LATENT_ATTENTION_KERNELS = 12
+"""norm, query down, its norm, query up, key-value down, its norm, position, query absorbed, attention, value absorbed,
+output, residual. [kernels]"""
 STATE_SPACE_KERNELS = 9
 """norm, input projection, convolution, step and state projections, step, scan, gate, output, residual. [kernels]"""
 
@@ -153,7 +156,8 @@ class _Ops:
             2.0 * n_tokens * mixer.matrix_params / layers + context_flop / layers,
             self.read_bytes(mixer.name, mixer.matrix_params / layers, mixer.vector_params / layers)
             + self.read_bytes("norms", 0.0, norm_params) + context_bytes / layers,
-            STATE_SPACE_KERNELS if model.architecture.state_space else ATTENTION_KERNELS)
+            STATE_SPACE_KERNELS if model.architecture.state_space else LATENT_ATTENTION_KERNELS
+            if model.architecture.latent_attention else ATTENTION_KERNELS)
 
     def feeds(self, n_tokens: float, norm_params: float) -> list[tuple[int, str]]:
         """The whole FFN of each kind of layer for all its tokens."""
@@ -299,9 +303,9 @@ def prefill_schedule(context: Context, demands: Demands) -> Schedule:
     ops = _Ops(context, demands, len(demands.depth))
     layers, n, kind = a.n_layers, workload.prompt_tokens * workload.batch, context.layers.kind
     stream_layer, stream_head = ops.streams()
-    seen = workload.prompt_tokens / 2, workload.mean_prompt_window(a.window)  # a token attends to those before it
+    seen = workload.mean_prompt_window(None), workload.mean_prompt_window(a.window)
     written = model.kv_bytes(workload.kv, workload.prompt_tokens) * workload.batch
-    attend = ops.mixer(n, n * model.attention_flop(*seen), written, 0.0)
+    attend = ops.mixer(n, n * model.attention_flop(*seen, prompt=True), written, 0.0)
     feed = ops.feeds(n, 0.0)
     head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * workload.batch * model.head_params, ops.head_bytes(),
                        HEAD_KERNELS, {ops.memory: demands.head_stream_bytes})

@@ -81,4 +81,6 @@ def resolve(what: str, name: str, *, relative_to: Path | None = None) -> Path:
     known = aliases(what)
     if key in known:
         return files[known[key]]
+    if what == "model" and Path(name).is_dir():  # a downloaded model's folder, named without a slash
+        return Path(name)
     raise UnknownNameError(what, name, [*files, *known])

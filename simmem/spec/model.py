@@ -152,10 +152,23 @@ class Architecture(Frozen):
         return 0 if self.state_space else self.n_layers - self.n_expert_layers
 
     @property
-    def active_ff(self) -> int:
-        """Widest hidden FFN vector that one token makes in a layer."""
-        shared = self.experts.per_token * self.experts.d_expert + self.experts.d_shared if self.experts else 0
-        return max(self.d_ff if self.n_dense_layers else 0, shared, self.state_space.d_inner if self.state_space else 0)
+    def activations(self) -> int:
+        """Most numbers that one token makes in a layer: its hidden vectors, with queries, keys, values and what
+        attention makes of them, or with gates and hidden vector of the FFN and, where experts work, all their outputs.
+        """
+        x, latent, space = self.experts, self.latent_attention, self.state_space
+        gates = 2 if self.gated else 1
+        if space is not None:  # its input and gate, and what the convolution makes
+            return 2 * self.d_model + 3 * space.d_inner
+        key, value = (latent.d_nope + latent.d_rope, latent.d_value) if latent else (self.d_head, self.d_head)
+        kv_heads = self.n_heads if latent else self.n_kv_heads
+        mixer = 2 * self.d_model + (self.n_heads + kv_heads) * (key + value)
+        plain = 4 * self.d_model + gates * self.d_ff if self.n_dense_layers else 0
+        routed = 0
+        if x is not None:
+            hidden, outputs = x.per_token * x.d_expert + x.d_shared, x.per_token + (1 if x.d_shared else 0)
+            routed = gates * hidden + (2 + outputs) * self.d_model
+        return max(mixer, plain, routed)
 
 
 @dataclass(frozen=True)
@@ -379,17 +392,21 @@ class Model(Frozen):
         tokens = (a.n_layers - a.n_window_layers) * context_tokens + a.n_window_layers * seen
         return float(per_layer * tokens * each)
 
-    def attention_flop(self, context_tokens: float, window_tokens: float | None = None) -> float:
+    def attention_flop(self, context_tokens: float, window_tokens: float | None = None, *, prompt: bool = False
+                       ) -> float:
         """Arithmetic of one token over its context, all layers, weights apart. [flop]
 
         Scores and the weighted sum are a multiply-add per head and dimension each. Latent attention is taken with its
-        up-projections absorbed, so that it works on compressed vectors (DeepSeek-V2, §2.1.2). A state space updates
-        its state with three multiply-adds per element (Mamba, §3.2), whatever the context.
+        up-projections absorbed, so that it works on compressed vectors (DeepSeek-V2, §2.1.2); in a prompt each key and
+        value is made once, for all tokens after it, and attended to at its own width. A state space updates its state
+        with three multiply-adds per element (Mamba, §3.2), whatever the context.
         """
         a, latent, space = self.architecture, self.architecture.latent_attention, self.architecture.state_space
         if space is not None:
             return 6.0 * a.n_layers * space.d_inner * space.d_state
-        per_head = 2 * latent.kv_rank + latent.d_rope if latent else 2 * a.d_head
+        per_head = 2 * a.d_head
+        if latent is not None:
+            per_head = latent.d_nope + latent.d_rope + latent.d_value if prompt else 2 * latent.kv_rank + latent.d_rope
         seen = min(context_tokens, a.window or context_tokens) if window_tokens is None else window_tokens
         tokens = (a.n_layers - a.n_window_layers) * context_tokens + a.n_window_layers * seen
         return 2.0 * a.n_heads * per_head * tokens

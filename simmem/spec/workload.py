@@ -58,10 +58,8 @@ class Workload:
         return _mean_of_least(self.prompt_tokens + 1, self.context_tokens - 1, window)
 
     def mean_prompt_window(self, window: int | None) -> float:
-        """Mean over the prompt's tokens of what a layer that looks back `window` tokens attends to."""
-        if window is None or window >= self.prompt_tokens:
-            return self.prompt_tokens / 2
-        return _mean_of_least(1, self.prompt_tokens, window)
+        """Mean over the prompt's tokens of what a layer that looks back `window` tokens attends to, itself included."""
+        return _mean_of_least(1, self.prompt_tokens, window or self.prompt_tokens)
 
 
 def _mean_of_least(first: int, last: int, limit: int) -> float:

@@ -95,9 +95,9 @@ def test_windows_are_averaged_over_the_very_steps(prompt: int, new: int, window:
     steps = [min(prompt + i, window) for i in range(1, new)] or [min(workload.mean_decode_context, window)]
     assert workload.mean_decode_window(window) == pytest.approx(np.mean(steps))
     assert workload.mean_decode_window(None) == workload.mean_decode_context
-    if window < prompt:
-        assert workload.mean_prompt_window(window) == pytest.approx(
-            np.mean([min(i, window) for i in range(1, prompt + 1)]))
+    for limit in (window, None):
+        assert workload.mean_prompt_window(limit) == pytest.approx(
+            np.mean([min(i, limit or prompt) for i in range(1, prompt + 1)]))
 
 
 @given(other_models(), st.integers(1, 500), st.integers(1, 500))

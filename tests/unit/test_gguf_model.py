@@ -55,6 +55,7 @@ CASES: dict[str, tuple[str, Any, dict[str, Any]]] = {
     "phi2": ("phi2", lambda t: t.PhiConfig(**COMMON, intermediate_size=96), {}),
     "phi3": ("phi3", lambda t: t.Phi3Config(**GQA, pad_token_id=0), {}),
     "gpt2": ("gpt2", lambda t: t.GPT2Config(n_embd=64, n_layer=3, n_head=4, vocab_size=160, n_positions=512), {}),
+    "olmo, whose norms hold nothing": ("olmo", lambda t: t.OlmoConfig(**GQA, pad_token_id=1), {}),
     "mamba": ("mamba", lambda t: t.MambaConfig(hidden_size=64, num_hidden_layers=3, vocab_size=160), {}),
 }
 
@@ -151,8 +152,9 @@ def test_the_bytes_are_those_of_the_file(case: tuple[Model, Model, int]) -> None
     assert read.own_precision == "file"
 
 
-def test_a_file_can_be_planned(tmp_path: Path) -> None:
-    arch, config, metadata = CASES["qwen3moe"]
+@pytest.mark.parametrize("what", ["qwen3moe", "olmo, whose norms hold nothing"])
+def test_a_file_can_be_planned(tmp_path: Path, what: str) -> None:
+    arch, config, metadata = CASES[what]
     with torch.device("meta"):
         module = transformers.AutoModelForCausalLM.from_config(config(transformers))
     written = _write(tmp_path / "tiny.gguf", arch, module, metadata)

@@ -318,6 +318,8 @@ def test_awq_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize("quantization", [
     {"quant_method": "gptq", "bits": 4, "group_size": 128}, {"load_in_4bit": True},
     {"quant_method": "bitsandbytes", "load_in_4bit": True}, {"quant_method": "awq", "bits": 3, "group_size": 32},
+    {"quant_method": "awq", "bits": 4, "version": "gemm", "zero_point": True, "group_size": -1},
+    {"quant_method": "awq", "bits": 4, "version": "gemm", "zero_point": True},
     {"quant_method": "fp8", "weight_block_size": [128, 128]}, {"quant_method": "mxfp4"},
 ])
 def test_layouts_that_do_not_follow_are_left_out(quantization: Values, tmp_path: Path) -> None:

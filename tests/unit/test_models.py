@@ -187,6 +187,27 @@ def test_bytes_of_published_checkpoints() -> None:
     assert load_model("kimi-k2").bytes_at("file") == pytest.approx(1_029_173_256_720, rel=1e-8)
 
 
+def test_latent_attention_over_the_context_and_in_a_prompt() -> None:
+    """DeepSeek-V3, 61 layers of 128 heads: scores over 512 + 64 and a sum over 512 compressed numbers for each token
+    that is attended to; in a prompt, where keys and values are made once, over 128 + 64 and 128."""
+    model = load_model("deepseek-v3")
+    assert model.attention_flop(1000) == 2 * 61 * 128 * (512 + 64 + 512) * 1000
+    assert model.attention_flop(1000, prompt=True) == 2 * 61 * 128 * (128 + 64 + 128) * 1000
+    other = load_model("gemma-3-27b")
+    assert other.attention_flop(1000, prompt=True) == other.attention_flop(1000)
+
+
+@pytest.mark.parametrize(("name", "numbers"), [
+    ("opt-6.7b", 4 * 4096 + 16384),  # q, k, v and the output are as wide as the model
+    ("mixtral-8x7b", 2 * 4096 + 2 * (2 * 14336) + 2 * 4096),  # gates and hidden vectors, and outputs, of two experts
+    ("deepseek-v3", 2 * 7168 + 2 * (8 + 1) * 2048 + (8 + 1) * 7168),
+    ("deepseek-v2-lite", 2 * 2048 + 2 * (6 + 2) * 1408 + (6 + 1) * 2048),
+    ("mamba-2.8b", 2 * 2560 + 3 * 5120),
+])
+def test_activations_of_a_token(name: str, numbers: int) -> None:
+    assert load_model(name).architecture.activations == numbers
+
+
 def test_llm_in_a_flash_prints_the_same_ffn_share() -> None:
     """OPT-6.7B's FFN is 64.62 % of the model (LLM in a flash, appendix: 15.5 % = 0.24 x 64.62 %)."""
     model = load_model("opt-6.7b")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
 from unittest.mock import patch
@@ -14,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simmem.errors import InfeasiblePlanError, SpecError
+from simmem.errors import InfeasiblePlanError, SpecError, TraceError
 from simmem.planner import api, ranking
 from simmem.planner import candidate as candidate_module
 from simmem.planner.api import answer
@@ -22,7 +24,7 @@ from simmem.planner.bound import agent_bound, lower_bound
 from simmem.planner.candidate import Candidate, blocks, capacity_cut, stratified_rows
 from simmem.planner.document import Plan
 from simmem.planner.predict import energy_j, prefill_seconds, token_seconds
-from simmem.planner.question import Question
+from simmem.planner.question import Question, ask
 from simmem.planner.ranking import SCORING_ROWS
 from simmem.policy.base import policies, policy_named
 from simmem.policy.context import Context, Replayed
@@ -30,6 +32,7 @@ from simmem.policy.families import _dense, flash_window, stream
 from simmem.spec.model import load_model
 from simmem.trace import open_trace
 from tests.strategies import contexts, rows_of, same_knobs
+from tests.unit.gguf_files import a_gguf_model
 
 FEW = settings(max_examples=max(10, settings.default.max_examples // 2 if settings.default else 0))
 """A law that tries every candidate of a grid in the event engine."""
@@ -340,3 +343,23 @@ def test_twice_the_same_question_twice_the_same_answer(context: Context, columns
     with patch.object(candidate_module, "BLOCK_COLUMNS", columns):
         assert answer(again).to_json() == first
     assert answer(again).to_json() == first
+
+
+@pytest.mark.parametrize("called", ["opt-6.7b", "smollm2-135m", "something-else"])
+def test_a_file_called_as_a_built_in_model_is_not_planned_with_its_trace(tmp_path: Path, called: str) -> None:
+    """The file has experts, or other sizes: what that model's neurons do says nothing of it."""
+    (tmp_path / f"{called}.gguf").write_bytes(a_gguf_model())
+    assert ask("m1-max", str(tmp_path / f"{called}.gguf")).replayed is None
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4,
+              "num_hidden_layers": 2, "vocab_size": 100}
+    (tmp_path / called).mkdir()
+    (tmp_path / called / "config.json").write_text(json.dumps(config))
+    assert ask("m1-max", str(tmp_path / called)).replayed is None
+
+
+@pytest.mark.parametrize("model", ["mixtral-8x7b", "deepseek-v3", "mamba-2.8b"])
+@pytest.mark.parametrize("trace", ["opt-published", "smollm2-135m-wina-50"])
+def test_neurons_of_a_trace_are_no_experts(model: str, trace: str) -> None:
+    with pytest.raises(TraceError, match=rf"neurons, which {model}|{model} has none"):
+        ask("m1-max", model, trace=trace)
+    assert ask("m1-max", model).replayed is None

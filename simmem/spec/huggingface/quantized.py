@@ -114,6 +114,8 @@ def _awq(model: Model, found: Keys) -> Layout | None:
         return None
     if found.says("modules_to_not_convert") and found.words("modules_to_not_convert"):
         return None
+    if not found.says("group_size") or found.is_value("group_size", -1):  # -1: one group along all of the inputs
+        return None
     size = found.integer("group_size")
     if any(width % size or out % 8 for group in _matrices(model).values() for _, out, width in group):
         return None
