@@ -9,14 +9,15 @@ import typer
 
 from simmem.errors import SpecError
 
-__all__ = ["app", "capture", "command", "devices", "models", "plan", "policies", "replay", "reproduce", "schema",
-           "simulate", "traces"]
+__all__ = ["app", "capture", "command", "devices", "export", "import_log", "models", "plan", "policies", "replay",
+           "reproduce", "schema", "simulate", "traces"]
 
 app = typer.Typer(
     name="simmem", add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None,
     help="Plan inference with models that do not fit in fast memory: what lives where, what moves when, how fast.")
 
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON document on stdout and nothing else.")]
+Plot = Annotated[Path | None, typer.Option(help="Draw it there: .png, .svg or .pdf (needs matplotlib).")]
 
 
 def command() -> Any:
@@ -67,7 +68,9 @@ def plan(
     settings: Annotated[list[str] | None, typer.Option("--set", help="Hold a knob: KNOB=VALUE; repeatable.")] = None,
     objective: Annotated[str, typer.Option(help="latency, throughput, energy or memory.")] = "latency",
     engine: Annotated[str | None, typer.Option(help="Use what a named software stack achieves, where known.")] = None,
+    emit: Annotated[str | None, typer.Option(help="llama.cpp or accelerate: what makes it do the plan.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the plan there as JSON.")] = None,
+    plot: Plot = None,
     as_json: Json = False,
 ) -> None:
     """Find the best policy for a model on a device, and say what to expect of it."""
@@ -79,19 +82,35 @@ def plan(
                    objective=objective, engine=engine)
     if engine is not None:
         question.device.check_engine(engine)
+    if emit is not None:
+        from simmem.report.emit.engines import check_engine_name, emission, print_emission
+
+        check_engine_name(emit)
     if out is not None:
         from simmem.report.files import check_writable, write_text
 
         check_writable(out, inputs=(device, model, trace))
+    if plot is not None:
+        from simmem.report.plots.style import check_plot
+
+        check_plot(plot, inputs=(device, model, trace))
     found = answer(question)
+    if emit is not None:
+        found = emission(found, question, emit)
     if out is not None:
         write_text(out, found.to_json() + "\n")
+    if plot is not None:
+        from simmem.report.plots.plan import plot_plan
+
+        plot_plan(plot, found, question)
     if as_json:
         typer.echo(found.to_json())
     else:
         from simmem.report.plan import print_plan
 
         print_plan(found, question.device)
+        if found.emit is not None:
+            print_emission(found.emit)
 
 
 @app.command()
@@ -167,18 +186,32 @@ def capture(
 def replay(
     trace: Annotated[str, typer.Argument(help="Built-in name or file.")],
     model: Annotated[str | None, typer.Option(help="Model whose shape a synthetic trace takes.")] = None,
-    policy: Annotated[list[str] | None, typer.Option(help="window or lru; may be repeated.")] = None,
+    policy: Annotated[list[str] | None, typer.Option(
+        help="window, lru, lfu, slru, pin-hot or belady; may be repeated; default: all.")] = None,
     size: Annotated[list[str] | None, typer.Option(help="Cache size, e.g. 100MB; may be repeated.")] = None,
     window: Annotated[list[int] | None, typer.Option(help="Window in tokens; may be repeated.")] = None,
     everywhere: Annotated[bool, typer.Option("--global", help="One cache for all layers.")] = False,
+    batch: Annotated[int, typer.Option(help="Sequences decoded together: a step uses the union of theirs.")] = 1,
+    page_cache: Annotated[str | None, typer.Option(help="Size of the system's page cache beneath, e.g. 500MB.")] = None,
+    prefetch: Annotated[str | None, typer.Option(
+        help="Read ahead: previous-token, frequent or RECALL:PRECISION, e.g. 0.9:0.6.")] = None,
     weights: Annotated[str | None, typer.Option(help="Precision that units are stored at.")] = None,
+    plot: Plot = None,
     as_json: Json = False,
 ) -> None:
     """Which cache policy, and what size? Hits and bytes of cache policies on a trace, without running anything."""
     from simmem.report.replay import replay_answer
 
+    if plot is not None:
+        from simmem.report.plots.style import check_plot
+
+        check_plot(plot, inputs=(trace, model))
     document = replay_answer(trace, model=model, policies=policy, sizes=size, windows=window, everywhere=everywhere,
-                             weights=weights)
+                             batch=batch, page_cache=page_cache, prefetch=prefetch, weights=weights)
+    if plot is not None:
+        from simmem.report.plots.replay import plot_replay
+
+        plot_replay(plot, document)
     if as_json:
         import json
 
@@ -187,6 +220,60 @@ def replay(
         from simmem.report.replay import print_replay
 
         print_replay(document)
+
+
+@app.command("import")
+def import_log(
+    log: Annotated[Path, typer.Argument(help="JSON lines (.jsonl) or CSV (.csv), also with .gz.")],
+    out: Annotated[Path, typer.Option(help="Write the trace there (.safetensors).")],
+    columns: Annotated[list[str] | None, typer.Option(
+        help="What the log calls token, layer and expert: token=tok_idx,layer=layer_id,expert=topk_ids.")] = None,
+    model: Annotated[str | None, typer.Option(help="Model the log is of: its layers, experts and their bytes.")] = None,
+    unit_bytes: Annotated[str | None, typer.Option(help="Without --model: bytes of one expert, e.g. 17.3MB.")] = None,
+    n_experts: Annotated[int | None, typer.Option(help="Without --model: experts of a layer.")] = None,
+    n_layers: Annotated[int | None, typer.Option(help="Without --model: layers with experts.")] = None,
+    weights: Annotated[str | None, typer.Option(help="Precision of those bytes; default: the model's own.")] = None,
+    unit: Annotated[str, typer.Option(help="expert or ffn-neuron.")] = "expert",
+    sequence: Annotated[str | None, typer.Option(help="The field that tells sequences in one log apart.")] = None,
+    where: Annotated[list[str] | None, typer.Option(help="Only records with FIELD=VALUE; may be repeated.")] = None,
+    first_expert: Annotated[int, typer.Option(help="What the log calls the first expert: 0 or 1.")] = 0,
+    allow_missing: Annotated[bool, typer.Option(
+        "--allow-missing", help="A layer without a record touches nothing; a token without any is left out.")] = False,
+    text_note: Annotated[str, typer.Option(help="What was read or written when the log was made.")] = "unknown",
+    as_json: Json = False,
+) -> None:
+    """Turn another program's routing log into a trace: which experts each token used in each layer."""
+    from simmem.report.logs import import_answer, log_shape
+    from simmem.trace.logs import layout_of
+
+    shape = log_shape(model=model, unit=unit, unit_bytes=unit_bytes, n_units=n_experts, n_layers=n_layers,
+                      weights=weights)
+    layout = layout_of(columns or (), where or (), sequence=sequence, first_unit=first_expert,
+                       allow_missing=allow_missing)
+    found = import_answer(log, out, shape, layout, text=text_note, inputs=(model,))
+    if as_json:
+        typer.echo(found.header.model_dump_json(by_alias=True, indent=2))
+    else:
+        from simmem.report.listing import print_trace
+
+        print_trace(found.header, found.active_share)
+
+
+@app.command()
+def export(
+    trace: Annotated[str, typer.Argument(help="Built-in name or file.")],
+    out: Annotated[Path, typer.Option(help="Write the table there (.parquet, .csv or .jsonl).")],
+    model: Annotated[str | None, typer.Option(help="Model whose shape a synthetic trace takes.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a trace as a table for other tools: token, layer and unit, a row for each unit touched."""
+    from simmem.report.logs import export_answer, print_export
+
+    found, rows = export_answer(trace, out, model)
+    if as_json:
+        typer.echo(found.header.model_dump_json(by_alias=True, indent=2))
+    else:
+        print_export(found, rows, out)
 
 
 @app.command()
@@ -209,9 +296,13 @@ def reproduce(
         raise typer.Exit(1)
 
 
-def _list(what: str, name: str | None, as_json: bool) -> None:
+def _list(what: str, name: str | None, as_json: bool, plot: Path | None = None) -> None:
     from simmem.report.listing import list_names, show
 
+    if plot is not None:
+        from simmem.report.plots import draw
+
+        draw(what, name, plot)
     if name is None:
         list_names(what, as_json)
     else:
@@ -222,9 +313,20 @@ Name = Annotated[str | None, typer.Argument(help="Show this one, with its source
 
 
 @app.command()
-def devices(name: Name = None, as_json: Json = False) -> None:
-    """List devices, or show one with every figure, its kind and its source."""
-    _list("device", name, as_json)
+def devices(
+    name: Name = None,
+    compare: Annotated[tuple[str, str] | None, typer.Option(
+        metavar="A B", help="Show every figure of two devices side by side, and the ratio B/A.")] = None,
+    plot: Plot = None,
+    as_json: Json = False,
+) -> None:
+    """List devices, or show one with every figure, its kind and its source, or compare two."""
+    if compare is not None:
+        from simmem.report.compare import show_comparison
+
+        show_comparison(*compare, beside=name or plot, as_json=as_json)
+        return
+    _list("device", name, as_json, plot)
 
 
 @app.command()
@@ -234,9 +336,9 @@ def models(name: Name = None, as_json: Json = False) -> None:
 
 
 @app.command()
-def traces(name: Name = None, as_json: Json = False) -> None:
+def traces(name: Name = None, plot: Plot = None, as_json: Json = False) -> None:
     """List traces, or show one with its provenance and statistics."""
-    _list("trace", name, as_json)
+    _list("trace", name, as_json, plot)
 
 
 @app.command()

@@ -315,10 +315,14 @@ class ReplayDocument(_Part):
     n_layers: int
     n_units: int
     """Units of a layer."""
+    batch: int
+    """Sequences that advance together; a token is a step of all of them."""
     unit_bytes: float
     precision: str
     curves: list[_Curve]
     cold: _Cold
+    levels: _Levels | None
+    """With a page cache or a predictor: what they make of each curve in steady state."""
 
 
 class ErrorDocument(_Part):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -19,12 +18,18 @@ from numpy.typing import ArrayLike, NDArray
 from simmem.errors import SpecError, TraceError
 from simmem.trace import recency
 from simmem.trace.bits import Words, count, runs, words_of
+from simmem.trace.caches import Policy, Scope
+from simmem.trace.optimum import most_hits
+from simmem.trace.queues import misses_by_part
+from simmem.trace.stepping import step_through
 from simmem.trace.trace import Trace
 
 __all__ = [
     "ReplayCurve",
     "WindowState",
     "WindowTable",
+    "cache_curve",
+    "fewest_misses",
     "lru_curve",
     "run_table",
     "shrink_to_capacity",
@@ -33,6 +38,8 @@ __all__ = [
 ]
 
 Ints = NDArray[np.int64]
+_HANDFUL = {"lfu": 150, "slru": 1000}
+"""Up to so many units moved at once, in all sizes, taking them one by one is quicker; measured, and not sharp."""
 _BLOCK_BYTES = 1 << 19
 """Work on this much of a trace at a time, so that every pass over it finds it in the processor's cache."""
 
@@ -76,10 +83,10 @@ class WindowState:
 class ReplayCurve:
     """Hits and misses of one policy at N sizes; counts are over all tokens and layers of their part."""
 
-    policy: Literal["window", "lru"]
-    scope: Literal["layer", "global"]
+    policy: Policy
+    scope: Scope
     parameter: Ints
-    """(N,) capacity in units (lru) or window in tokens (window)."""
+    """(N,) capacity in units, or (window) tokens."""
     sizes_units: NDArray[np.float64]
     """(N,) units of cache, of one layer or (global) of the whole model: the capacity; of a window what it
     holds on average."""
@@ -216,9 +223,13 @@ def window_curve(trace: Trace, windows: Sequence[int], *, cold_tokens: int | Non
         (active - misses)[:cold].sum(axis=0), misses[:cold].sum(axis=0), cold, int(first[:cold].sum()))
 
 
-def lru_curve(trace: Trace, capacities_units: ArrayLike, *, scope: Literal["layer", "global"] = "layer",
-              cold_tokens: int | None = None) -> ReplayCurve:
-    """Hits and misses of least-recently-used caches of these capacities.
+def cache_curve(trace: Trace, policy: Policy, capacities_units: ArrayLike, *, scope: Scope = "layer",
+                cold_tokens: int | None = None) -> ReplayCurve:
+    """Hits and misses of caches of these capacities under any policy but the window (`simmem.trace.caches`).
+
+    For lru one pass gives all capacities that hold the largest step; the others are replayed at every capacity, all of
+    them advancing together. Belady's are the fewest misses possible in the cold part and in the steady one, each for
+    itself, and are counted rather than replayed (`simmem.trace.optimum`).
 
     Parameters
     ----------
@@ -230,36 +241,55 @@ def lru_curve(trace: Trace, capacities_units: ArrayLike, *, scope: Literal["laye
         raise SpecError("expected a list of capacities of 0 units and more", key="capacities_units")
     header = trace.header
     cold = _cold_tokens(trace, header.n_tokens // 4 if cold_tokens is None else cold_tokens)
-    hits = np.zeros((2, capacities.size), np.int64)
-    counts = trace.active_counts
-    ranks: list[recency.Ranks] = []
-    if scope == "global":
-        ranks.append(recency.global_ranks(trace.active, header.n_units, cold))
-        _add_hits(hits, ranks[0], capacities)
-        for i in np.flatnonzero(capacities < counts.max()):
-            steps = recency.steps_of_trace(trace.active, header.n_units)
-            hits[:, i] = recency.replay_small(steps, header.n_layers * header.n_units, int(capacities[i]), cold)
-    else:
-        for layer in range(header.n_layers):
-            active = np.ascontiguousarray(trace.active[:, layer])
-            ranks.append(recency.layer_ranks(active, header.n_units, cold))
-            stack = capacities >= counts[:, layer].max()
-            _add_hits(hits, ranks[-1], np.where(stack, capacities, 0))
-            for i in np.flatnonzero(~stack & (capacities > 0)):
-                steps = recency.steps_of_layer(active, header.n_units)
-                hits[:, i] += recency.replay_small(steps, header.n_units, int(capacities[i]), cold)
-    accesses = counts[:cold].sum(), counts[cold:].sum()
+    words = words_of(trace.active)
+    accesses = count(words).sum(axis=1)
+    parts = int(accesses[:cold].sum()), int(accesses[cold:].sum())
+    misses = np.empty((2, capacities.size), np.int64)
+    steps = header.n_tokens * (header.n_layers if scope == "global" else 1)  # a replay by sets takes so many
+    by_step = np.ones(capacities.size, np.bool_)
+    if policy == "belady":
+        by_step[:] = False
+        for part, tokens, counted in ((0, cold, 0), (1, header.n_tokens, cold)):
+            misses[part] = parts[part] - most_hits(trace.active[:tokens], header.n_units, capacities, scope, counted)
+    elif policy in ("lfu", "slru") and capacities.size * sum(parts) <= _HANDFUL[policy] * steps:
+        by_step[:] = False
+        misses[:] = misses_by_part(trace.active, header.n_units, policy, capacities, scope, cold)
+    elif policy == "lru":
+        by_step = capacities < count(words).max(initial=0)
+        if not by_step.all():
+            ranked = recency.global_ranks if scope == "global" else recency.layer_ranks
+            ranks = ranked(trace.active, header.n_units, cold)
+            for part, histograms in enumerate((ranks.cold, ranks.steady)):
+                below = np.concatenate((np.zeros(1, np.int64), np.cumsum(histograms.sum(axis=0))))
+                misses[part] = parts[part] - below[np.minimum(capacities, below.size - 1)]
+    if by_step.any():
+        found = step_through(words, policy, capacities[by_step], scope, cold_tokens=cold).missed
+        misses[0, by_step], misses[1, by_step] = found[:cold].sum(axis=0), found[cold:].sum(axis=0)
+    first = _first_uses(words)
     sizes = capacities.astype(np.float64)
     return ReplayCurve(
-        "lru", scope, capacities, sizes, sizes,
-        hits[1], accesses[1] - hits[1], header.n_tokens - cold, sum(r.steady_first_uses for r in ranks),
-        hits[0], accesses[0] - hits[0], cold, sum(r.cold_first_uses for r in ranks))
+        policy, scope, capacities, sizes, sizes,
+        parts[1] - misses[1], misses[1], header.n_tokens - cold, int(first[cold:].sum()),
+        parts[0] - misses[0], misses[0], cold, int(first[:cold].sum()))
 
 
-def _add_hits(hits: Ints, ranks: recency.Ranks, capacities: Ints) -> None:
-    for part, histogram in enumerate((ranks.cold, ranks.steady)):
-        below = np.concatenate((np.zeros(1, np.int64), np.cumsum(histogram)))
-        hits[part] += below[np.minimum(capacities, histogram.size)]
+def lru_curve(trace: Trace, capacities_units: ArrayLike, *, scope: Scope = "layer",
+              cold_tokens: int | None = None) -> ReplayCurve:
+    """`cache_curve` of least-recently-used caches."""
+    return cache_curve(trace, "lru", capacities_units, scope=scope, cold_tokens=cold_tokens)
+
+
+def fewest_misses(trace: Trace, curve: ReplayCurve) -> Ints:
+    """(N,) Belady's misses in steady state at the same capacities and scope.
+
+    A window is compared with caches that hold in each layer what it holds there at most, from the last cold token on.
+    """
+    sizes, header = curve.parameter, trace.header
+    if curve.policy == "window":
+        held, _ = _window_counts(words_of(trace.active), np.arange(max(curve.cold_tokens - 1, 0), header.n_tokens),
+                                 int(sizes.max()))
+        sizes = np.where(sizes[:, None] > 0, held.max(axis=0)[:, sizes].T, 0)
+    return curve.hits + curve.misses - most_hits(trace.active, header.n_units, sizes, curve.scope, curve.cold_tokens)
 
 
 def _window_counts(words: Words, tokens: Ints, max_window: int) -> tuple[Ints, Ints]:
@@ -285,9 +315,11 @@ def _first_uses(words: Words) -> Ints:
     """(T,) units that a token is the first to use."""
     seen = np.zeros_like(words[0])
     first = np.empty(len(words), np.int64)
-    for token, active in enumerate(words):
-        first[token] = count(active & ~seen).sum()
-        seen |= active
+    for rows in _blocks(np.arange(len(words)), words[0].nbytes):
+        up_to = np.bitwise_or.accumulate(words[rows], axis=0) | seen
+        before = np.concatenate((seen[None], up_to[:-1]))
+        first[rows] = count(words[rows] & ~before).sum(axis=1)
+        seen = up_to[-1]
     return first
 
 

@@ -8,8 +8,9 @@ bits, least significant bit first: bit u % 8 of byte u // 8 is unit u.
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
-from typing import Any, Literal
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +20,11 @@ from simmem.errors import TraceError
 from simmem.spec.base import Frozen
 from simmem.spec.model import Model
 
-__all__ = ["Imported", "Quality", "Trace", "TraceHeader", "Unit", "digest_of"]
+__all__ = ["EXTRA_TENSORS", "Captured", "ExtraTensor", "Imported", "Quality", "TensorType", "Trace", "TraceHeader",
+           "Unit", "digest_of"]
 
 Unit = Literal["ffn-neuron", "expert", "kv-block"]
+TensorType = Literal["F16", "U8", "I32"]
 
 
 class Quality(Frozen):
@@ -56,6 +59,47 @@ class Imported(Frozen):
     """Pairs of token and layer that the log does not have; they touch nothing."""
 
 
+class Captured(Frozen):
+    """How the run went that a trace was captured from."""
+
+    mode: Literal["teacher-forced", "decoded"]
+    """The text was given, or the model wrote it itself."""
+    sequences: PositiveInt = 1
+    """Stretches of equal length that were run side by side and follow one another in the trace."""
+    context_tokens: int = Field(ge=0)
+    """Tokens that precede the first recorded one of a pass at least."""
+    pass_tokens: PositiveInt
+    """Tokens that a pass records at most."""
+    dtype: str
+    device: str
+    layers: tuple[int, ...] = ()
+    """Which of the model's layers these are, where not all."""
+    thresholds: tuple[float, ...] = ()
+    """Score that a unit of each layer has to exceed, where there is one."""
+    page_tokens: PositiveInt | None = None
+    """KV blocks: tokens of one."""
+    temperature: float | None = Field(default=None, ge=0)
+    seed: int | None = None
+
+
+class ExtraTensor(Frozen):
+    """What else a trace file holds beside the activity, by name: its type, shape and digest."""
+
+    dtype: TensorType
+    shape: Annotated[tuple[PositiveInt, ...], Field(max_length=4)]
+    sha256: str
+
+
+EXTRA_TENSORS: dict[str, TensorType] = {"router_logits": "F16", "router_weights": "F16", "prefill": "U8",
+                                        "tokens": "I32"}
+"""Name of an extra tensor -> its type.
+
+router_logits (n_tokens, n_layers, n_units): of every expert, before the top k. router_weights (n_tokens, n_layers,
+k): of the k experts a token uses, in ascending order of the expert. prefill (prompts, n_layers, ceil(n_units / 8)):
+packed bits of the units that each whole prompt touched. tokens (n_tokens,): what a model wrote that was decoded.
+"""
+
+
 class TraceHeader(Frozen):
     """Where a trace comes from and what it may be used for."""
 
@@ -82,6 +126,9 @@ class TraceHeader(Frozen):
     text: str
     text_licence: str | None = None
     imported: Imported | None = None
+    captured: Captured | None = None
+    tensors: dict[str, ExtraTensor] = Field(default_factory=dict)
+    """What the file holds beside the activity; `digest` is of the activity alone."""
     host: str | None = None
     versions: dict[str, str] = Field(default_factory=dict)
     created: str | None = None
@@ -107,6 +154,8 @@ class Trace:
 
     header: TraceHeader
     active: NDArray[np.uint8]
+    extras: Mapping[str, NDArray[Any]] = field(default_factory=dict)
+    """Tensors beside the activity, by the names in `EXTRA_TENSORS`; a part or a union of a trace has none."""
 
     def __post_init__(self) -> None:
         h = self.header
@@ -117,6 +166,13 @@ class Trace:
         spare = expected[2] * 8 - h.n_units
         if spare and np.any(self.active[:, :, -1] >> (8 - spare)):
             raise TraceError(f"marks units past its {h.n_units} as active", key=h.name)
+
+    @classmethod
+    def with_extras(cls, header: TraceHeader, active: NDArray[np.uint8], extras: Mapping[str, NDArray[Any]]) -> Trace:
+        """A trace whose header describes the extra tensors it is given."""
+        described = {name: ExtraTensor(dtype=EXTRA_TENSORS[name], shape=array.shape, sha256=digest_of(array))
+                     for name, array in extras.items()}
+        return cls(header.model_copy(update={"tensors": described}), active, dict(extras))
 
     @property
     def active_counts(self) -> NDArray[np.int64]:
@@ -151,12 +207,12 @@ class Trace:
                              f"{batch * min_tokens} are needed", key=self.header.name)
         stretches = self.active[: steps * batch].reshape(batch, steps, *self.active.shape[1:])
         union = np.bitwise_or.reduce(stretches, axis=0)
-        header = self.header.model_copy(update={"n_tokens": steps})
+        header = self.header.model_copy(update={"n_tokens": steps, "tensors": {}})
         return Trace(header, union)
 
 
-def digest_of(active: NDArray[np.uint8]) -> str:
-    """SHA-256 of the packed bits and their shape, the identity of a trace."""
+def digest_of(active: NDArray[Any]) -> str:
+    """SHA-256 of an array's bytes and shape; of the packed bits it is the identity of a trace."""
     hasher = hashlib.sha256(repr(active.shape).encode())
     hasher.update(np.ascontiguousarray(active).data)
     return hasher.hexdigest()

@@ -196,7 +196,7 @@ def test_a_capture_is_reproducible_and_says_where_it_comes_from(tiny: models.Loa
 def test_the_shortest_trace_still_has_statistics_and_curves(tiny: models.LoadedModel) -> None:
     trace = capture_from(tiny, PROSE, **SMALL | {"tokens": capturing.MIN_TOKENS})
     assert trace.header.statistics["sparsity"] == pytest.approx(1 - trace.active_share)
-    assert {curve["policy"] for curve in trace.header.curves} == {"window", "lru"}
+    assert {curve["policy"] for curve in trace.header.curves} == {"window", "lru", "pin-hot", "belady"}
 
 
 def test_capture_from_a_model_folder(tiny: models.LoadedModel, tmp_path: Path) -> None:
