@@ -68,6 +68,8 @@ def plan(
     settings: Annotated[list[str] | None, typer.Option("--set", help="Hold a knob: KNOB=VALUE; repeatable.")] = None,
     objective: Annotated[str, typer.Option(help="latency, throughput, energy or memory.")] = "latency",
     engine: Annotated[str | None, typer.Option(help="Use what a named software stack achieves, where known.")] = None,
+    max_quality_loss: Annotated[float | None, typer.Option(
+        help="Largest rise of perplexity, e.g. 0.05; leaves out what nobody measured.")] = None,
     emit: Annotated[str | None, typer.Option(help="llama.cpp or accelerate: what makes it do the plan.")] = None,
     out: Annotated[Path | None, typer.Option(help="Write the plan there as JSON.")] = None,
     plot: Plot = None,
@@ -79,7 +81,7 @@ def plan(
 
     question = ask(device, model, dram=dram, vram=vram, prompt=prompt, new_tokens=new_tokens, batch=batch,
                    weights=weights, kv=kv, trace=trace, policy=policy or None, knobs=_settings(settings),
-                   objective=objective, engine=engine)
+                   objective=objective, engine=engine, max_quality_loss=max_quality_loss)
     if engine is not None:
         question.device.check_engine(engine)
     if emit is not None:

@@ -64,6 +64,7 @@ def plan(
     knobs: Mapping[str, object] | None = None,
     objective: str = "latency",
     engine: str | None = None,
+    max_quality_loss: float | None = None,
 ) -> Plan:
     """The best policy for a model on a device, and what to expect of it.
 
@@ -73,6 +74,7 @@ def plan(
     dram, vram : what the process may hold there, e.g. "6.7GB", or a number of bytes. [B]
     weights : one precision; None searches the native one, int8 and int4.
     policy, knobs : restrict the search to policies, and hold knobs at a value.
+    max_quality_loss : leave out plans that raise perplexity by more than this share, or by what nobody measured.
 
     Raises
     ------
@@ -82,7 +84,8 @@ def plan(
         Nothing fits; names the binding tier and the missing bytes.
     """
     question = ask(device, model, dram=dram, vram=vram, prompt=prompt, new_tokens=new_tokens, batch=batch,
-                   weights=weights, kv=kv, trace=trace, policy=policy, knobs=knobs, objective=objective, engine=engine)
+                   weights=weights, kv=kv, trace=trace, policy=policy, knobs=knobs, objective=objective, engine=engine,
+                   max_quality_loss=max_quality_loss)
     if engine is not None:
         question.device.check_engine(engine)
     return answer(question)
@@ -92,6 +95,12 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
     """Search, prove, predict and explain. `brief` leaves out sensitivities, alternatives and the front."""
     found = [search(question, p) for p in question.precisions]
     if not any(f.ranked for f in found):
+        lossy = [c for f in found for c in f.too_lossy]
+        if lossy:
+            raise InfeasiblePlanError(
+                "nothing that fits is known to keep perplexity within "
+                f"{format_quantity(question.max_quality_loss or 0.0, 'ratio')} of the dense "
+                f"model's: {_loss(min(lossy, key=lambda c: c.score_s))}")
         f = min(found, key=lambda f: f.missing_bytes)
         missing = float(math.ceil(f.missing_bytes))  # budgets are whole bytes
         if f.binding_tier is None:
@@ -132,8 +141,8 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
             context, agent, uses_trace=best.policy.uses_trace)), cost_model="roofline",
             search_gap=gap, extrapolating=False),
         fit=_fit(question, agent), objective=question.objective, engine=question.engine, why=[])
-    return result.model_copy(update={"why": reasons(
-        result, question.device, [*_notes(best, rows), *_set_aside(same, predicted.token_latency_s)])})
+    notes = [*_notes(best, rows), *_set_aside(same, predicted.token_latency_s), *_too_lossy(found, best)]
+    return result.model_copy(update={"why": reasons(result, question.device, notes)})
 
 
 def _notes(candidate: Candidate, rows: NDArray[np.int64]) -> list[str]:
@@ -156,6 +165,24 @@ def _set_aside(same: Found, latency_s: float) -> list[str]:
            f"it leaves neurons out although all weights fit, and {cost}")
     return [f"{fastest.policy.name} would take {format_quantity(fastest.score_s, 's')}, but {why}; "
             f"--policy {fastest.policy.name} asks for it"]
+
+
+def _loss(candidate: Candidate) -> str:
+    """What is known of the quality that a candidate costs."""
+    quality, weights = quality_of(candidate), candidate.context.workload.weights
+    cost = (f"perplexity × {quality.perplexity_ratio:.3f}" if quality.perplexity_ratio is not None
+            else "an unknown amount of quality")
+    return f"{candidate.policy.name} at {weights}, the fastest of the others, costs {cost}"
+
+
+def _too_lossy(found: Sequence[Found], best: Candidate) -> list[str]:
+    """What would be faster if more quality could be lost."""
+    faster = [c for f in found for c in f.too_lossy if c.score_s < best.score_s]
+    if not faster:
+        return []
+    fastest = min(faster, key=lambda c: c.score_s)
+    return [f"{_loss(fastest)} and would take {format_quantity(fastest.score_s, 's')}: more than was allowed or "
+            "measured"]
 
 
 def _baselines(question: Question, same: Found, best: Candidate, latency_s: float) -> list[Baseline]:

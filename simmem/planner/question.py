@@ -14,12 +14,14 @@ from simmem.spec.device import Device, load_device
 from simmem.spec.model import Model, load_model
 from simmem.spec.precision import FILE, PRECISIONS
 from simmem.spec.workload import Workload
-from simmem.trace import Trace, open_trace
+from simmem.trace import Trace, open_trace, sparsest_trace_within
 from simmem.units import format_quantity, parse_quantity
 
-__all__ = ["FINAL_ROWS", "OBJECTIVES", "Question", "ask"]
+__all__ = ["FINAL_ROWS", "MAX_LOSS", "OBJECTIVES", "Question", "ask"]
 
 OBJECTIVES = ("latency", "throughput", "energy", "memory")
+MAX_LOSS = 10
+"""A perplexity eleven times the dense model's is no model any more."""
 FINAL_ROWS = 64
 """Trace tokens that the answer is run on."""
 VARIED_ROWS = 8
@@ -46,6 +48,8 @@ class Question:
     """No policy was named: then work is only dropped where the dense model does not fit, and never by an oracle."""
     defaults: bool = False
     """Knobs that are not named take their default (published configurations)."""
+    max_quality_loss: float | None = None
+    """Perplexity may rise by this share over the dense model's; what was not measured is then left out."""
 
     def context(self, weights: str) -> Context:
         """Everything a policy needs at one precision."""
@@ -69,6 +73,7 @@ def ask(
     objective: str = "latency",
     engine: str | None = None,
     defaults: bool = False,
+    max_quality_loss: float | None = None,
     relative_to: Path | None = None,
 ) -> Question:
     """Check the arguments of `plan` and resolve every name. Raises SpecError."""
@@ -76,6 +81,9 @@ def ask(
     spec_model = load_model(model, relative_to=relative_to)
     if objective not in OBJECTIVES:
         raise SpecError(f"found {objective!r}, expected one of {', '.join(OBJECTIVES)}", key="--objective")
+    if max_quality_loss is not None and not 0 <= max_quality_loss <= MAX_LOSS:  # also false for NaN
+        raise SpecError(f"found {max_quality_loss}, expected a share from 0 to {MAX_LOSS}, e.g. 0.05",
+                        key="--max-quality-loss")
     names = (policy,) if isinstance(policy, str) else tuple(policy or policies())
     for name in names:
         policy_named(name)
@@ -100,8 +108,11 @@ def ask(
         if runs and defaults:  # the stack is known to run this precision on one unit
             fixed.setdefault("agent", runs[0])
         spec_device = spec_device.with_engine(engine)
+    if trace is None and max_quality_loss is not None:
+        trace = sparsest_trace_within(spec_model, 1.0 + max_quality_loss)
     return Question(device, model, spec_device, spec_model, _replay(trace, spec_model, batch), workload, precisions,
-                    _budgets(spec_device, dram, vram), names, fixed, objective, engine, policy is None, defaults)
+                    _budgets(spec_device, dram, vram), names, fixed, objective, engine, policy is None, defaults,
+                    max_quality_loss)
 
 
 def _replay(name: str | None, model: Model, batch: int) -> Replayed | None:

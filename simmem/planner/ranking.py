@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from simmem.errors import SpecError
 from simmem.planner.bound import agent_bound
 from simmem.planner.candidate import Candidate, blocks, capacity_cut, front, score, stratified_rows
-from simmem.planner.predict import energy_j, prefill_seconds, token_seconds
+from simmem.planner.predict import energy_j, prefill_seconds, quality_of, token_seconds
 from simmem.planner.question import Question
 from simmem.policy.base import Policy, policy_named
 from simmem.policy.context import Context
@@ -58,6 +58,8 @@ class Found:
     ranked: tuple[Candidate, ...]
     set_aside: tuple[Candidate, ...]
     """Candidates that drop work where they need not, or that no engine could run (oracles), best first."""
+    too_lossy: tuple[Candidate, ...]
+    """Candidates that lose more quality than was allowed, or an amount that nobody measured, best first."""
     binding_tier: str | None
     missing_bytes: float
     pruned_s: float = float("inf")
@@ -100,8 +102,27 @@ def search(question: Question, weights: str) -> Found:
     def needless(c: Candidate) -> bool:
         return question.open_choice and c.policy.uses_trace and (fits or is_oracle(c))
 
-    return Found(context, tuple(c for c in ranked if not needless(c)), tuple(c for c in ranked if needless(c)),
-                 nearest[1] if nearest else None, nearest[0] if nearest else 0.0, pruned)
+    lossy = _too_lossy(question, ranked)
+    allowed = [c for c in ranked if id(c) not in lossy]
+    missing_bytes, binding_tier = nearest or (0.0, None)
+    return Found(context, tuple(c for c in allowed if not needless(c)), tuple(c for c in allowed if needless(c)),
+                 tuple(c for c in ranked if id(c) in lossy), binding_tier, missing_bytes, pruned)
+
+
+def _too_lossy(question: Question, ranked: Sequence[Candidate]) -> set[int]:
+    """Which candidates are not known to keep to the quality that was asked for, by id."""
+    if question.max_quality_loss is None:
+        return set()
+    known: dict[tuple[str, object], float | None] = {}
+    found = set()
+    for c in ranked:
+        kind = c.policy.name, c.knobs.get("predictor")
+        if kind not in known:
+            known[kind] = quality_of(c).perplexity_ratio
+        ratio = known[kind]
+        if ratio is None or ratio > 1.0 + question.max_quality_loss:
+            found.add(id(c))
+    return found
 
 
 def is_oracle(candidate: Candidate) -> bool:

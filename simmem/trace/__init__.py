@@ -32,6 +32,7 @@ __all__ = [
     "run_table",
     "save_trace",
     "shrink_to_capacity",
+    "sparsest_trace_within",
     "trace_statistics",
     "window_curve",
     "window_table",
@@ -94,3 +95,18 @@ def default_trace_file(model: Model) -> Path | None:
         if path.suffix == ".toml" and model.name in load_toml(path).get("serves", ()):
             return path
     return None
+
+
+def sparsest_trace_within(model: Model, perplexity_ratio: float) -> str | None:
+    """Name of the built-in captured trace of a model that drops most while it costs no more than this ratio."""
+    found: list[tuple[float, str]] = []
+    for name in library.names("trace"):
+        path = library.resolve("trace", name)
+        if path.suffix != ".safetensors" or not name.startswith(f"{model.name}-"):
+            continue
+        header = read_header(path)
+        share = header.statistics.get("active_share")
+        if header.model == model.name and header.quality is not None and share is not None \
+                and header.quality.perplexity_ratio <= perplexity_ratio:
+            found.append((float(share), name))
+    return min(found)[1] if found else None
