@@ -68,10 +68,10 @@ class UnitError(SpecError):
 class UnknownNameError(SpecError):
     """A name that is not known, with the closest ones that are."""
 
-    def __init__(self, what: str, name: str, known: Iterable[str], *, file: str | None = None,
-                 key: str | None = None) -> None:
+    def __init__(self, what: str, name: str, known: Iterable[str], *, aliases: Iterable[str] = (),
+                 file: str | None = None, key: str | None = None) -> None:
         known = sorted(set(known))
-        close = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.4)
+        close = difflib.get_close_matches(name.lower(), sorted({*known, *aliases}), n=3, cutoff=0.4)
         hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known)}"
         super().__init__(f"no {what} named {name!r}; {hint}", file=file, key=key)
 

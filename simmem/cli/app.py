@@ -55,13 +55,15 @@ def _settings(pairs: list[str] | None) -> dict[str, object]:
 @app.command()
 def plan(
     device: Annotated[str, typer.Option(help="Built-in name or TOML file (see `simmem devices`).")],
-    model: Annotated[str, typer.Option(help="Built-in name or TOML file (see `simmem models`).")],
+    model: Annotated[str, typer.Option(
+        help="Built-in name, TOML file, Hugging Face config.json or folder, or GGUF file (see `simmem models`).")],
     dram: Annotated[str | None, typer.Option(help="DRAM budget: all the process may hold, e.g. 6.7GB.")] = None,
     vram: Annotated[str | None, typer.Option(help="GPU memory budget; an error on unified memory.")] = None,
     prompt: Annotated[int, typer.Option(help="Prompt tokens.")] = 128,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens to generate.")] = 256,
     batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
-    weights: Annotated[str | None, typer.Option(help="fp32 fp16 bf16 int8 int4 int3 int2; default: searched.")] = None,
+    weights: Annotated[str | None, typer.Option(
+        help="fp32 fp16 bf16 int8 int4 int3 int2, or file: its own; default: searched.")] = None,
     kv: Annotated[str, typer.Option(help="Precision of keys and values.")] = "fp16",
     trace: Annotated[str | None, typer.Option(help="Built-in name or file (see `simmem traces`).")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="Only this policy; may be repeated.")] = None,
@@ -96,6 +98,8 @@ def plan(
         from simmem.report.plots.style import check_plot
 
         check_plot(plot, inputs=(device, model, trace))
+        if out is not None and out.resolve() == plot.resolve():
+            raise SpecError("is also where --out goes; write to another file", file=str(plot), key="--plot")
     found = answer(question)
     if emit is not None:
         found = emission(found, question, emit)
@@ -190,7 +194,8 @@ def replay(
     model: Annotated[str | None, typer.Option(help="Model whose shape a synthetic trace takes.")] = None,
     policy: Annotated[list[str] | None, typer.Option(
         help="window, lru, lfu, slru, pin-hot or belady; may be repeated; default: all.")] = None,
-    size: Annotated[list[str] | None, typer.Option(help="Cache size, e.g. 100MB; may be repeated.")] = None,
+    size: Annotated[list[str] | None, typer.Option(
+        help="Size of each layer's cache (with --global of the one), e.g. 2MB; may be repeated.")] = None,
     window: Annotated[list[int] | None, typer.Option(help="Window in tokens; may be repeated.")] = None,
     everywhere: Annotated[bool, typer.Option("--global", help="One cache for all layers.")] = False,
     batch: Annotated[int, typer.Option(help="Sequences decoded together: a step uses the union of theirs.")] = 1,

@@ -29,11 +29,12 @@ def precision_words(precision: str) -> str:
 def reasons(plan: Plan, device: Device, notes: list[str]) -> list[str]:
     """The choice, what limits it, what it beats, and under which conditions."""
     p, fit = plan.predicted, plan.fit
+    step = "token" if plan.workload.batch == 1 else "step"  # of all sequences together
     native, chosen_weights = precision_words(fit.weights), precision_words(plan.workload.weights)
     found = []
     if fit.missing_bytes > 0:
         text = (f"{native} does not fit in {fit.tier}: it needs {format_quantity(fit.needed_bytes, 'bytes')} with "
-                f"its keys and values, {fit.missing_bytes:.0f} bytes more than the budget of "
+                f"its keys and values, {format_quantity(fit.missing_bytes, 'bytes')} more than the budget of "
                 f"{format_quantity(fit.budget_bytes, 'bytes')}")
         if fit.stream_token_latency_s is not None:
             text += f"; reading all of it for each token would take {format_quantity(fit.stream_token_latency_s, 's')}"
@@ -43,7 +44,7 @@ def reasons(plan: Plan, device: Device, notes: list[str]) -> list[str]:
     else:
         found.append(f"{native} fits in {fit.tier}: {format_quantity(fit.needed_bytes, 'bytes')} of "
                      f"{format_quantity(fit.budget_bytes, 'bytes')}")
-    chosen = f"{plan.policy.name} at {chosen_weights} takes {format_quantity(p.token_latency_s, 's')} a token"
+    chosen = f"{plan.policy.name} at {chosen_weights} takes {format_quantity(p.token_latency_s, 's')} a {step}"
     rivals = sorted(plan.baselines, key=lambda b: b.token_latency_s)
     if rivals:
         chosen += f", against {format_quantity(rivals[0].token_latency_s, 's')} for {rivals[0].policy}"
@@ -55,17 +56,17 @@ def reasons(plan: Plan, device: Device, notes: list[str]) -> list[str]:
                      f"{best.policy}, takes {format_quantity(best.predicted.token_latency_s, 's')}; what "
                      f"{chosen_weights} costs in quality was not measured, so name --weights to decide yourself")
     part, seconds = max(p.breakdown_s.items(), key=lambda item: item[1])
-    found.append(f"{format_quantity(seconds / p.token_latency_s, 'ratio', 2)} of a token goes to {LIMITS[part]}")
+    found.append(f"{format_quantity(seconds / p.token_latency_s, 'ratio', 2)} of a {step} goes to {LIMITS[part]}")
     helpful = [s for s in plan.sensitivity if abs(s.token_latency_change) > 0.005]
     if helpful:
         top = helpful[0]
         word = "saves" if top.token_latency_change < 0 else "costs"
         found.append(f"{format_quantity(top.change, 'ratio', 2)} more {top.figure} {word} "
-                     f"{format_quantity(abs(top.token_latency_change), 'ratio')} of a token's time, the most of any "
+                     f"{format_quantity(abs(top.token_latency_change), 'ratio')} of a {step}'s time, the most of any "
                      "figure" + (" (replanned)" if top.replanned else ""))
     times = p.token_latency_s / plan.bound.token_latency_s
     found.append(f"no plan at {chosen_weights} can be faster than "
-                 f"{format_quantity(plan.bound.token_latency_s, 's')} a token ({plan.bound.resource}); this one takes "
+                 f"{format_quantity(plan.bound.token_latency_s, 's')} a {step} ({plan.bound.resource}); this one takes "
                  f"{times:.{2 if times < 100 else 0}f} times that")
     found += notes
     agent = str(plan.policy.knobs.get("agent"))

@@ -229,7 +229,8 @@ def pareto_front(ranked: Sequence[Candidate]) -> list[Candidate]:
 
     Keeps both ends, then whichever is farthest from all kept ones in the logarithms of both.
     """
-    which = front(np.array([c.score_s for c in ranked]), np.array([c.fast_bytes for c in ranked]))
+    # Times to a millionth, as `_simplest` takes them: what is no faster must not stand there for its rounding.
+    which = front(np.array([float(f"{c.score_s:.6e}") for c in ranked]), np.array([c.fast_bytes for c in ranked]))
     places = np.log([[ranked[i].score_s, ranked[i].fast_bytes] for i in which])
     places = (places - places.min(axis=0)) / np.maximum(np.ptp(places, axis=0), 1e-12)
     kept = [0, len(which) - 1] if len(which) > 1 else [0]

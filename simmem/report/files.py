@@ -43,12 +43,14 @@ def write_bytes(path: Path, data: bytes) -> None:
 def check_writable(path: Path, *, inputs: Iterable[str | Path | None] = (), suffix: str | None = None) -> None:
     """Raise now rather than after a long run if `path` could not, or should not, be written.
 
-    inputs : what the command reads; none of it is overwritten.
+    inputs : what the command reads; none of it is overwritten, of a folder no file that is there.
     suffix : what the name has to end in to be read back.
     """
     for one in inputs:
         if one is not None and path.exists() and Path(one).exists() and path.samefile(one):
             raise SpecError("is also what is read; write to another file", file=str(path))
+        if one and path.is_file() and Path(one).is_dir() and path.parent.samefile(one):
+            raise SpecError("is a file of the folder that is read; write to another file", file=str(path))
     if not path.parent.is_dir():
         raise SpecError("the folder it should be written to does not exist", file=str(path))
     if path.is_dir():

@@ -96,10 +96,12 @@ def print_plan(plan: Plan, device: Device) -> None:
     section(console, "Where the time goes", table)
 
     if plan.sensitivity:
-        table = _table("figure", "changed by", "token latency", "")
-        for s in plan.sensitivity[:6]:
+        shown = plan.sensitivity[:6]
+        # no column of nothing: rich would take its width out of the names
+        table = _table("figure", "changed by", "token latency", *([""] if any(s.replanned for s in shown) else []))
+        for s in shown:
             table.add_row(s.figure, f"{100 * s.change:+.0f} %", f"{100 * s.token_latency_change:+.1f} %",
-                          "replanned" if s.replanned else "")
+                          *(["replanned"] if s.replanned else []))
         section(console, "What it depends on", table)
 
     table = _table("instead", "weights", "token latency", "this plan is")

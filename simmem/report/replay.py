@@ -131,7 +131,9 @@ def print_replay(document: dict[str, Any]) -> None:
     if any(curve["policy"] == "pin-hot" for curve in document["curves"]):
         notes.append("pin-hot pins what the cold part used most often and holds nothing before.")
     notes.append("Regret: misses above the fewest that any cache of that size could have (Belady's, which knows the "
-                 "future), as a share of those.")
+                 "future), as a share of those"
+                 + (", a window's at the most it ever holds." if any(
+                     curve["policy"] == "window" for curve in document["curves"]) else "."))
     out.print(Text(" ".join(notes), style="dim"))
 
 

@@ -112,7 +112,7 @@ def _model_sheet(model: Model) -> ModelSheet:
     held = {p: model.group_bytes(p) for p in (*PRECISIONS, *((FILE,) if model.file_bytes else ()))}
     return ModelSheet(
         name=model.name, title=model.title, family=model.family, source=model.source, aliases=list(model.aliases),
-        native_precision=model.native_precision, architecture=model.architecture, params=model.params,
+        native_precision=model.own_precision, architecture=model.architecture, params=model.params,
         active_params=model.active_params,
         groups=[GroupRow(name=g.name, params=g.params, matrix_params=g.matrix_params, vector_params=g.vector_params,
                          bytes={p: groups[g.name] for p, groups in held.items()}) for g in model.groups()],

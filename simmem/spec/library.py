@@ -20,6 +20,7 @@ _FOLDERS = {
     "trace": "workloads/traces",
     "reference": "validate/references",
 }
+_LOGS = (".jsonl", ".ndjson", ".csv", ".tsv", ".jsonl.gz", ".ndjson.gz", ".csv.gz", ".tsv.gz", ".parquet")
 _SUFFIXES = {"device": (".toml",), "model": (".toml",), "trace": (".toml", ".safetensors"), "reference": (".toml",)}
 
 
@@ -62,6 +63,9 @@ def looks_like_path(name: str) -> bool:
 
 def resolve(what: str, name: str, *, relative_to: Path | None = None) -> Path:
     """The file behind a built-in name, an alias or a path (relative to `relative_to` when given)."""
+    if what == "trace" and name.endswith(_LOGS):
+        raise SpecError("is a log or a table by its name, not a trace; `simmem import` makes one of a routing log",
+                        file=name)
     if looks_like_path(name):
         try:
             path = Path(name).expanduser()
@@ -81,6 +85,6 @@ def resolve(what: str, name: str, *, relative_to: Path | None = None) -> Path:
     known = aliases(what)
     if key in known:
         return files[known[key]]
-    if what == "model" and Path(name).is_dir():  # a downloaded model's folder, named without a slash
+    if what == "model" and name and Path(name).is_dir():  # a downloaded model's folder, named without a slash
         return Path(name)
-    raise UnknownNameError(what, name, [*files, *known])
+    raise UnknownNameError(what, name, files, aliases=known)

@@ -57,7 +57,7 @@ def replay_document(
     ----------
     policies : of `REPLAY_POLICIES`.
     sizes_bytes : capacities, of one layer's cache or (global) of the one cache; when None 10 % … 100 % of the units in
-        steps of 10 %, or of 20 % where there are other levels, which take longer. [B]
+        steps of 10 %, or of 20 % where there are other levels, which take longer; each once, at least a unit. [B]
     windows : lengths in tokens for the window policy, whose sizes are what they hold on average.
     scope : whose capacity it is; a window is always a layer's.
     precision : at which a unit's bytes are counted; the trace's own when None.
@@ -94,6 +94,8 @@ def replay_document(
     capacities = grid * all_units if sizes_bytes is None else np.asarray(sizes_bytes) / unit_bytes
     # a capacity in bytes holds whole units; the nudge keeps 3 * unit_bytes from holding 2
     capacities = np.minimum(np.floor(capacities + 1e-9), _MOST_UNITS).astype(np.int64)
+    if sizes_bytes is None:  # of a few units several steps are the same, or nothing
+        capacities = np.unique(np.maximum(capacities, 1))
     curves: dict[Policy, ReplayCurve] = {}
     for policy in chosen:
         if policy == "window":

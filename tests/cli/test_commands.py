@@ -84,7 +84,8 @@ def test_plan_reads_on_a_terminal(columns: int, simmem: Simmem, monkeypatch: pyt
     text = well_set(ended, columns)
     assert "ESTIMATED" in flat(text)[:120]  # the first thing it says
     assert "does not fit" in flat(text)
-    assert "bytes more than the budget" in flat(text)
+    assert "10.4 GB more than the budget" in flat(text)
+    assert "link.flash.throughput " in text  # in one piece
 
 
 def test_simulate_gives_the_latency_that_was_planned(simmem: Simmem, planned: Plan, plan_file: Path) -> None:

@@ -173,6 +173,17 @@ def test_llama_cpp_streams_by_page_faults_on_the_cpu_and_not_at_all_on_a_gpu() -
         assert "`--n-gpu-layers 16` holds the output and the last 15 of 32 layers" in copied.instead
 
 
+def test_a_checkpoint_that_converts_as_it_is_is_not_quantised_again_unasked() -> None:
+    own = asked("llama.cpp", "m1-max", "gpt-oss-20b", policy="resident", weights="file")
+    assert own.realises == "exact"
+    assert own.prepare is not None
+    assert [line.split()[0] for line in own.prepare] == ["hf", "python"]
+    assert flags(own)["--model"] == own.prepare[-1].split()[-1] == "gpt-oss-20b-MXFP4.gguf"
+    other = asked("llama.cpp", "m1-max", "gpt-oss-20b", policy="resident", weights="int8")
+    assert other.prepare is not None
+    assert other.prepare[-1].startswith("llama-quantize --allow-requantize ")  # refused without it
+
+
 def test_a_hostile_file_name_stays_one_argument(tmp_path: Path) -> None:
     path = tmp_path / "$(touch gone) ' --n-gpu-layers 0.gguf"
     path.write_bytes(tiny_gguf())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import numpy as np
@@ -46,6 +47,15 @@ def test_every_policy_stands_beside_the_optimum(simmem: Simmem, trace_file: Path
                 assert regret is None or read == pytest.approx(least * (1 + regret))
     assert best["sizes_bytes"][-1] == 70 * 5000 * (3 if everywhere else 1)
     assert curves["window"]["regret"][0] == 0  # no cache either way
+
+
+def test_a_few_units_have_each_size_once(simmem: Simmem, tmp_path: Path) -> None:
+    log, out = tmp_path / "log.jsonl", tmp_path / "t.safetensors"
+    log.write_text("".join(json.dumps({"token": t, "layer": 0, "expert": [t % 8]}) + "\n" for t in range(40)))
+    assert simmem("import", log, "--out", out, "--n-layers", "1", "--n-experts", "8", "--unit-bytes", "1MB",
+                  "--weights", "int4").code == 0
+    curve, = simmem("replay", out, "--policy", "lru", "--json").document["curves"]
+    assert curve["parameter"] == list(range(1, 9))
 
 
 def test_levels_add_up(simmem: Simmem, trace_file: Path) -> None:

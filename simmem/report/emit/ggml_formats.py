@@ -8,7 +8,7 @@ from simmem.spec.ggml_types import GGML_TYPES, GgmlType
 from simmem.spec.model import Model
 from simmem.spec.precision import FILE, matrix_bytes_per_param
 
-__all__ = ["CACHE_TYPES", "CacheType", "gguf_bytes", "is_plain", "nearest_type"]
+__all__ = ["CACHE_TYPES", "CacheType", "converts_as_is", "gguf_bytes", "is_plain", "nearest_type"]
 
 _BY_NAME = {t.name: t for t in GGML_TYPES.values()}
 _PLAIN = {"fp32": "F32", "fp16": "F16", "bf16": "BF16"}
@@ -54,8 +54,24 @@ def nearest_type(model: Model, precision: str) -> GgmlType:
     return min(fitting or [_BY_NAME["F16"]], key=lambda t: abs(t.block_bytes / t.block - held))
 
 
-def gguf_bytes(model: Model, kind: GgmlType) -> dict[str, float]:
-    """Bytes of every tensor group in a file whose matrices are all of one type (llama-quantize --pure). [B]"""
+def converts_as_is(model: Model) -> bool:
+    """Whether convert_hf_to_gguf.py keeps the quantised matrices of a checkpoint, whatever --outtype it is given.
+
+    It does so with gpt-oss in MXFP4 (ggml-org/llama.cpp PR 16756); FP8 is expanded.
+    """
+    return model.family == "gpt_oss" and model.file_bytes is not None
+
+
+def gguf_bytes(model: Model, kind: GgmlType | None) -> dict[str, float]:
+    """Bytes of every tensor group in a file whose matrices are all of one type (llama-quantize --pure). [B]
+
+    kind : None for a checkpoint that is converted as it is, at 16 bits where it is not quantised.
+    """
+    if kind is None:
+        assert model.file_bytes is not None
+        half = _F32_BYTES / 2
+        return {g.name: model.file_bytes[g.name]
+                + half * (g.vector_params + (g.matrix_params if g.name in _ALWAYS_F32 else 0)) for g in model.groups()}
     each = kind.block_bytes / kind.block
     return {g.name: g.matrix_params * (_F32_BYTES if g.name in _ALWAYS_F32 else each) + g.vector_params * _F32_BYTES
             for g in model.groups()}

@@ -11,7 +11,7 @@ import shlex
 
 from simmem.planner.document import Emission
 from simmem.report.emit.asked import Asked, Realise, by_policy, cannot, dropped_parts, realised, size
-from simmem.report.emit.ggml_formats import CACHE_TYPES, gguf_bytes, is_plain, nearest_type
+from simmem.report.emit.ggml_formats import CACHE_TYPES, converts_as_is, gguf_bytes, is_plain, nearest_type
 from simmem.spec.ggml_types import GgmlType
 from simmem.spec.precision import FILE, matrix_bytes_per_param
 
@@ -30,6 +30,7 @@ _SAME = ("arcee", "bloom", "cohere2", "dbrx", "dots1", "ernie4_5", "falcon", "ge
 ARCHITECTURES = {**_OWN, **{name: name for name in _SAME}}
 """Family in a config.json -> architecture in a GGUF file. OPT, GPT-J, CodeGen and Persimmon have none."""
 
+_AGAIN = "weights that were quantised are quantised again, which loses more than from the original"
 _CONTEXT_STEP = 256
 """llama.cpp rounds the context of a sequence up to this (llama-context.cpp, GGML_PAD). [tokens]"""
 
@@ -120,10 +121,11 @@ POLICIES: dict[str, Realise] = {"resident": _resident, "stream": _stream, "flash
 
 
 def _weights(asked: Asked) -> tuple[GgmlType | None, dict[str, float]]:
-    """The type of the matrices and the bytes of each group; no type where a GGUF file is taken as it is. [B]"""
+    """The type of the matrices and the bytes of each group; no type where the file's own are kept. [B]"""
     if asked.weights == FILE and asked.is_gguf:
         return None, asked.context.group_bytes
-    kind = nearest_type(asked.model, asked.weights)
+    as_is = asked.weights == FILE and converts_as_is(asked.model)
+    kind = None if as_is else nearest_type(asked.model, asked.weights)
     return kind, gguf_bytes(asked.model, kind)
 
 
@@ -207,10 +209,12 @@ def _file(asked: Asked, kind: GgmlType | None) -> tuple[list[str], str, list[str
         file = f"{asked.model.name}-{kind.name}.gguf"
         again = ["llama-quantize", "--allow-requantize", "--pure", str(asked.path), file, kind.name]
         return ([shlex.join(again)], file,
-                ["weights that were quantised are quantised again, which loses more than from the original"])
-    assert kind is not None
-    notes, first = [], kind.name if kind.name in ("F32", "F16", "BF16") else "F16"
-    made, folder = f"{asked.model.name}-{first}.gguf", asked.checkpoint
+                [_AGAIN])
+    kept = converts_as_is(asked.model)
+    notes, first = [], kind.name if kind is not None and kind.name in ("F32", "F16", "BF16") else "F16"
+    if kept:
+        first = "BF16"
+    made, folder = f"{asked.model.name}-{'MXFP4' if kept else first}.gguf", asked.checkpoint
     prepare = []
     if folder is None:
         folder = "CHECKPOINT"
@@ -220,9 +224,13 @@ def _file(asked: Asked, kind: GgmlType | None) -> tuple[list[str], str, list[str
         folder = asked.model.name
     convert = ["python", "convert_hf_to_gguf.py", folder, "--outtype", first.lower(), "--outfile", made]
     prepare.append(shlex.join(convert))
+    if kind is None:
+        return prepare, made, notes
     file = f"{asked.model.name}-{kind.name}.gguf"
     if file != made:
-        prepare.append(shlex.join(["llama-quantize", "--pure", made, file, kind.name]))
+        again = ["--allow-requantize"] if kept else []
+        prepare.append(shlex.join(["llama-quantize", *again, "--pure", made, file, kind.name]))
+        notes += [_AGAIN] if kept else []
     return prepare, file, notes
 
 

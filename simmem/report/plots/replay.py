@@ -45,9 +45,9 @@ def plot_replay(path: Path, document: dict[str, Any]) -> None:
         above.legend(loc="upper left", bbox_to_anchor=(1.1 if above.child_axes[1:] else 1.01, 1.0), labelspacing=0.8)
 
 
-def _sizes(document: dict[str, Any], curve: dict[str, Any]) -> Array:
-    """Size of all caches together. [B]"""
-    return np.asarray(curve["sizes_bytes"], dtype=np.float64) * (
+def _sizes(document: dict[str, Any], curve: dict[str, Any], which: str = "sizes_bytes") -> Array:
+    """Size of all caches together, as a window's on average or (peak_bytes) at most. [B]"""
+    return np.asarray(curve[which], dtype=np.float64) * (
         1 if curve["scope"] == "global" else document["n_layers"])
 
 
@@ -98,7 +98,7 @@ def _by(factor: float) -> tuple[Callable[[Any], Any], Callable[[Any], Any]]:
 def _regret(axes: Axes, document: dict[str, Any]) -> None:
     for number, curve in enumerate(document["curves"]):
         if curve["policy"] != _FLOOR and curve.get("regret") is not None:
-            sizes = _sizes(document, curve)
+            sizes = _sizes(document, curve, "peak_bytes")  # what the optimum it is held to may hold
             regret = np.array([np.nan if r is None else r for r in curve["regret"]], dtype=np.float64)
             order = np.argsort(sizes, kind="stable")
             axes.plot(sizes[order], regret[order], **_looks(document, number))
