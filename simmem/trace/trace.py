@@ -64,6 +64,8 @@ class Captured(Frozen):
 
     mode: Literal["teacher-forced", "decoded"]
     """The text was given, or the model wrote it itself."""
+    applied: bool = True
+    """The network ran without its inactive units; False: it was dense, and they were only noted."""
     sequences: PositiveInt = 1
     """Stretches of equal length that were run side by side and follow one another in the trace."""
     context_tokens: int = Field(ge=0)
@@ -86,7 +88,7 @@ class ExtraTensor(Frozen):
     """What else a trace file holds beside the activity, by name: its type, shape and digest."""
 
     dtype: TensorType
-    shape: Annotated[tuple[PositiveInt, ...], Field(max_length=4)]
+    shape: Annotated[tuple[PositiveInt, ...], Field(min_length=1, max_length=4)]
     sha256: str
 
 

