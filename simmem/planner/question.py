@@ -128,7 +128,7 @@ def _replay(name: str | None, model: Model, batch: int) -> Replayed | None:
     if opened is not None and opened.header.unit != "ffn-neuron":
         raise TraceError(f"is a routing trace (of {opened.header.unit}s), which `simmem replay` uses; no policy plans "
                          "with it yet", file=name)
-    if opened is None or opened.header.kind != "synthetic":
+    if opened is None or "concentration" not in opened.header.statistics:  # captured, or like a captured one
         return Replayed(opened) if opened else None
 
     def vary(figure: str, factor: float) -> Trace:

@@ -21,6 +21,8 @@ __all__ = ["print_sheet"]
 
 SHOWN_VALUES = 14
 """A knob with more values than these is shown by its ends and its step."""
+_SMALL = 0.002
+"""Shares of units below it are not worth a line."""
 
 
 def print_sheet(sheet: Sheet) -> None:
@@ -167,15 +169,17 @@ def _fields(part: Frozen, prefix: str = "") -> Iterator[tuple[str, str]]:
 
 def _print_trace(out: Console, sheet: TraceSheet) -> None:
     h = sheet.header
-    origin = "captured from a real run" if h.kind == "captured" else "synthetic: drawn from published statistics"
+    origin = "captured from a real run" if h.kind == "captured" else (
+        "synthetic: drawn from the statistics of a captured trace" if "like" in h.statistics
+        else "synthetic: drawn from published statistics")
     _heading(out, h.name, origin)
-    drawn = "" if h.kind == "captured" else " (shown with the shape of this model)"
+    drawn = "" if h.kind == "captured" or "like" in h.statistics else " (shown with the shape of this model)"
     quality = "unknown" if h.quality is None else (
         f"perplexity {h.quality.dense_perplexity:.2f} → {h.quality.sparse_perplexity:.2f} "
         f"(× {h.quality.perplexity_ratio:.3f}) on {h.quality.tokens} tokens of {h.quality.text}")
     predictors = {"none": "none: the router says it" if h.unit == "expert" else "none",
                   "oracle": "oracle: no engine can know these units before reading them",
-                  "gate": "the gate itself, read whole", "low-rank": "low-rank"}
+                  "gate": "a projection that is read whole (the gate, or up before a ReLU)", "low-rank": "low-rank"}
     out.print(_pairs([
         ("model", f"{h.model}{drawn}"), ("serves", ", ".join(sheet.serves)),
         ("size", f"{h.n_tokens} tokens, {h.n_layers} layers of {h.n_units} units ({h.unit}s of "
@@ -246,7 +250,31 @@ def _print_statistics(out: Console, statistics: Mapping[str, Any]) -> None:
         ("80 % of the activity", f"in {share(statistics['units_covering_80_percent'])} of the units"),
         ("adjacent active units", f"{number(statistics['run_length'], 3)} in a run; "
                                   f"{number(statistics['run_length_random_order'], 3)} in random order"),
+        *_more_statistics(statistics),
     ]))
+    pairs = statistics.get("co_activation")
+    if pairs:
+        section(out, "Co-activation (used with a unit: its best partner that at most half of the tokens use)", _pairs([
+            ("where it was chosen", f"{share(pairs['best_partner'])} of the unit's tokens, the luckiest of many"),
+            ("on other tokens", f"{share(pairs['best_partner_held_out'])}; "
+                                f"{share(pairs['partner_frequency'])} if independent"),
+            ("counted on", f"{pairs['units']} units of layers {', '.join(map(str, pairs['layers']))}, "
+                           f"{pairs['tokens']} tokens, half of them to choose"),
+        ]))
+
+
+def _more_statistics(statistics: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
+    """What traces made before these were counted do not have in their headers."""
+    if "token_run_length" in statistics:
+        yield ("stays active for", f"{number(statistics['token_run_length'], 3)} tokens; "
+                                   f"{number(statistics['token_run_length_independent'], 3)} if independent")
+        if statistics["busiest_unit_load_even"] > _SMALL:
+            yield ("busiest unit of a layer", f"{share(statistics['busiest_unit_load'])} of its uses; "
+                                              f"{share(statistics['busiest_unit_load_even'])} if all were alike")
+        if statistics["dead_units"] > _SMALL:
+            by_layer = statistics["dead_units_by_layer"]
+            yield ("never used", f"{share(statistics['dead_units'])} of the units, by layer {share(min(by_layer))} to "
+                                 f"{share(max(by_layer))}")
 
 
 # --- policies -----------------------------------------------------------------------------------------------------

@@ -148,9 +148,11 @@ def _trace_sheet(path: Path) -> TraceSheet:
 
 
 def captured_sheet(header: TraceHeader, active_share: float, *, trace: Trace | None = None) -> TraceSheet:
-    """A captured trace; its statistics are those in its header, or counted where it has none and `trace` is given."""
-    statistics = header.statistics or (trace_statistics(trace) if trace is not None else {})
-    return TraceSheet(header=header, active_share=active_share, statistics=statistics, fitted_to=[], serves=[])
+    """A captured trace; its statistics are those in its header; what it lacks is counted where `trace` is given."""
+    lacks = trace is not None and header.n_tokens > 1 and "co_activation" not in header.statistics
+    counted = trace_statistics(trace) if trace is not None and lacks else {}
+    return TraceSheet(header=header, active_share=active_share, statistics={**counted, **header.statistics},
+                      fitted_to=[], serves=[])
 
 
 # --- policies -----------------------------------------------------------------------------------------------------

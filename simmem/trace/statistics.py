@@ -1,8 +1,9 @@
 """How sparse, how skewed and how local is a trace, and how much of that is frequency alone?
 
-Beside every window figure stands the independence baseline: what units that fire as often as seen, but
+Beside every figure of locality stands its independence baseline: what units that fire as often as seen, but
 without any memory of the last token, would give. The gap between the two is temporal locality; most of what
-a window saves is frequency.
+a window saves is frequency. Everything is counted over all tokens, layers and units but co-activation, which
+is counted on a bounded sample.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from simmem.errors import SpecError, TraceError
 from simmem.trace.bits import runs, words_of
+from simmem.trace.coactivation import co_activation
 from simmem.trace.replay import window_table
 from simmem.trace.trace import Trace
 
@@ -22,6 +24,10 @@ __all__ = ["independent_union", "trace_statistics", "unit_frequencies"]
 
 _COVERED = 0.8
 _BLOCK_TOKENS = 64
+_WINDOWS = (1, 2, 5, 10)
+_FEW_WINDOWS = (1, 2, 4, 8)
+_FEW_UNITS = 256
+"""With no more units than a mixture has experts, a window of ten tokens has often used them all."""
 
 
 def unit_frequencies(trace: Trace) -> NDArray[np.float64]:
@@ -48,8 +54,12 @@ def independent_union(frequencies: NDArray[np.float64], tokens: int, seen_tokens
     return 1.0 - absent
 
 
-def trace_statistics(trace: Trace, windows: Sequence[int] = (1, 2, 5, 10)) -> dict[str, Any]:
+def trace_statistics(trace: Trace, windows: Sequence[int] | None = None) -> dict[str, Any]:
     """Sparsity, locality and layout of a trace, as plain numbers for JSON.
+
+    Parameters
+    ----------
+    windows : in tokens; 1, 2, 5 and 10 when None, or 1, 2, 4 and 8 where a layer has few units (experts).
 
     Returns
     -------
@@ -62,7 +72,15 @@ def trace_statistics(trace: Trace, windows: Sequence[int] = (1, 2, 5, 10)) -> di
         the mean of that share taken layer by layer.
     run_length : mean units in a run of adjacent active units, and what each token-layer's m units would give in
         random order: m (n - m + 1) / n runs on average.
+    token_run_length : mean consecutive tokens that a unit stays active, and what each unit's m uses would give in
+        random order over the tokens.
+    busiest_unit_load : share of a layer's uses that its most used unit takes, mean over layers and by layer; if all
+        were used alike, `busiest_unit_load_even`. What experts on different devices, or in different files, wait for.
+    dead_units : share of the units that no token uses, in all and by layer.
+    co_activation : see `simmem.trace.coactivation.co_activation`; counted on a sample.
     """
+    if windows is None:
+        windows = _FEW_WINDOWS if trace.header.n_units <= _FEW_UNITS else _WINDOWS
     if not windows or min(windows) < 1:
         raise SpecError(f"found the windows {list(windows)}, expected lengths of 1 token and more", key="windows")
     header = trace.header
@@ -91,6 +109,11 @@ def trace_statistics(trace: Trace, windows: Sequence[int] = (1, 2, 5, 10)) -> di
     n_active, n_runs = float(counts.sum()), float(runs(words_of(trace.active))[0].sum())
     fresh = float(window_table(trace, 1).new_units[:, :, 1].sum())
     n_runs_random = float((counts * (header.n_units - counts + 1)).sum()) / header.n_units
+    uses = np.rint(frequencies * header.n_tokens)
+    n_stays = fresh + float(counts[0].sum())
+    n_stays_random = float((uses * (header.n_tokens - uses + 1)).sum()) / header.n_tokens
+    layer_uses = uses.sum(axis=1)
+    load = uses.max(axis=1) / np.maximum(layer_uses, 1.0)
     two_tokens = float(independent_union(frequencies, 2, header.n_tokens).mean())
     overlap_independent = (2 * share - two_tokens) / share if share else 0.0
     return {
@@ -104,6 +127,14 @@ def trace_statistics(trace: Trace, windows: Sequence[int] = (1, 2, 5, 10)) -> di
         "units_covering_80_percent_by_layer": float(np.mean([_covering_share(row) for row in frequencies])),
         "run_length": n_active / n_runs if n_runs else 0.0,
         "run_length_random_order": n_active / n_runs_random if n_runs else 0.0,
+        "token_run_length": n_active / n_stays if n_active else 0.0,
+        "token_run_length_independent": n_active / n_stays_random if n_active else 0.0,
+        "busiest_unit_load": float(load.mean()),
+        "busiest_unit_load_by_layer": load.tolist(),
+        "busiest_unit_load_even": 1.0 / header.n_units,
+        "dead_units": float((uses == 0).mean()),
+        "dead_units_by_layer": (uses == 0).mean(axis=1).tolist(),
+        "co_activation": co_activation(trace),
     }
 
 

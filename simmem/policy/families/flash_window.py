@@ -398,7 +398,9 @@ class FlashWindow:
         header = trace.header
         if header.kind == "synthetic" and not none:
             whose = header.statistics.get("published_for", header.model)
-            notes.append(f"the trace {header.name} is synthetic: fitted to what was published of {whose}, not captured")
+            source = ("drawn from the statistics of a captured one" if "like" in header.statistics
+                      else f"fitted to what was published of {whose}, not captured")
+            notes.append(f"the trace {header.name} is synthetic: {source}")
         elif header.model != context.model.name and not none:
             notes.append(f"the trace {header.name} was captured from {header.model}, not from this model")
         quality = header.quality
