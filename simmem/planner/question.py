@@ -118,9 +118,6 @@ def ask(
 def _replay(name: str | None, model: Model, batch: int) -> Replayed | None:
     """The trace to plan with; a synthetic one can be varied within what is known of its law."""
     neurons = model.units_of("ffn-neuron")
-    if name is None and (neurons is None or model.name not in library.names("model")
-                         or load_model(model.name).units_of("ffn-neuron") != neurons):
-        return None  # a file may be called as a built-in model and be another: then that one's trace is not its own
     if neurons is None and name is not None and library.resolve("trace", name).suffix == ".toml":
         raise TraceError(f"is a synthetic trace of FFN neurons, which {model.name} does not have in every layer",
                          file=name)

@@ -7,7 +7,7 @@ from pathlib import Path
 from simmem.errors import SpecError, TraceError
 from simmem.spec import library
 from simmem.spec.base import load_toml
-from simmem.spec.model import Model
+from simmem.spec.model import Model, load_model
 from simmem.trace.curves import replay_document
 from simmem.trace.replay import lru_curve, run_table, shrink_to_capacity, window_curve, window_table
 from simmem.trace.statistics import trace_statistics
@@ -86,6 +86,8 @@ def default_trace_file(model: Model) -> Path | None:
     A captured trace of this very model before a synthetic one. Captured files are named
     `<model>-<criterion>-<sparsity>`, so the first by name is the least sparse and costs the least quality.
     """
+    if not _is_built_in(model):
+        return None
     paths = [library.resolve("trace", name) for name in library.names("trace")]
     for path in paths:
         if path.suffix == ".safetensors" and path.stem.startswith(f"{model.name}-"):
@@ -101,7 +103,7 @@ def default_trace_file(model: Model) -> Path | None:
 def sparsest_trace_within(model: Model, perplexity_ratio: float) -> str | None:
     """Name of the built-in captured trace of a model that drops most while it costs no more than this ratio."""
     found: list[tuple[float, str]] = []
-    for name in library.names("trace"):
+    for name in library.names("trace") if _is_built_in(model) else ():
         path = library.resolve("trace", name)
         if path.suffix != ".safetensors" or not name.startswith(f"{model.name}-"):
             continue
@@ -111,3 +113,10 @@ def sparsest_trace_within(model: Model, perplexity_ratio: float) -> str | None:
                 and header.quality.perplexity_ratio <= perplexity_ratio:
             found.append((float(share), name))
     return min(found)[1] if found else None
+
+
+def _is_built_in(model: Model) -> bool:
+    """Whether the built-in traces that bear a model's name are of this very one: a file may be called as another."""
+    neurons = model.units_of("ffn-neuron")
+    return neurons is not None and model.name in library.names("model") \
+        and load_model(model.name).units_of("ffn-neuron") == neurons

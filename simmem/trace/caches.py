@@ -21,6 +21,7 @@ trace have one size; a trace that mixed sizes would need its optimum bounded rat
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Iterator
 from math import isqrt
@@ -42,7 +43,7 @@ _ROW = slice(None)
 PROTECTED_TENTHS = 8
 
 
-class Cache:
+class Cache(ABC):
     """S × R caches; `held` (S, R, V) is what they hold, `capacity` (S, R) what they may hold at most. [units]"""
 
     whole_tokens = False
@@ -52,12 +53,12 @@ class Cache:
         self.capacity = capacity
         self.held: Words = np.zeros((*capacity.shape, words), np.uint64)
 
-    def begin(self, token: int) -> None:
+    def begin(self, token: int) -> None:  # noqa: B027 - most need nothing
         """Called before the accesses of each token, in turn."""
 
+    @abstractmethod
     def access(self, token: int, used: Words, at: slice = _ROW) -> Words:
         """Use units, (R, w) or (S, R, w) words `at` of each row; returns those missed, (S, R, w)."""
-        raise NotImplementedError
 
 
 class _Demand(Cache):
@@ -87,11 +88,13 @@ class _Demand(Cache):
         self.n_held += n_kept
         return missed
 
+    @abstractmethod
     def _note(self, token: int, used: Words, hits: Words, at: slice) -> None:
-        raise NotImplementedError
+        """Remember what the policy goes by."""
 
+    @abstractmethod
     def _victims(self, loose: Words, n: Ints) -> Words:
-        raise NotImplementedError
+        """The `n` units of each cache to evict, of those that are not pinned."""
 
 
 class Lru(_Demand):
