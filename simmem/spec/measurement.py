@@ -1,0 +1,55 @@
+"""What was measured on a machine, sample by sample, so that anyone can fit it again?
+
+A file of measurements is raw: times as they came off the clock, when each was taken, and what was run. Medians,
+noise floors, device figures and fitted cost models are derived from it and can always be derived anew.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import Field, PositiveFloat
+
+from simmem.spec.base import Frozen
+
+__all__ = ["Condition", "Measurement", "Measurements"]
+
+Condition = bool | int | float | str
+
+
+class Measurement(Frozen):
+    """One thing that was run, and every time it took."""
+
+    probe: str
+    """Which probe ran it, e.g. "storage-read", "memory-read", "gemv", "gemm", "gather", "host-to-device"."""
+    conditions: dict[str, Condition]
+    """What was run: shapes, precision, agent, threads, request size, depth, pattern, and the like."""
+    flop: float = Field(default=0.0, ge=0)
+    """Of one sample. [FLOP]"""
+    bytes: float = Field(default=0.0, ge=0)
+    """Moved by one sample, each byte counted once for each side that has to move it. [B]"""
+    requests: float = Field(default=0.0, ge=0)
+    """Reads, copies or kernel launches of one sample."""
+    samples_s: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)]
+    """How long each sample took. [s]"""
+    at_s: tuple[float, ...] = ()
+    """When each was begun, since the start of the run: what drifts can be seen to drift. [s]"""
+    refused: str | None = None
+    """Why no figure may rest on it: a page-cache hit, two modes, a clock too coarse."""
+
+
+class Measurements(Frozen):
+    """Everything that one run of the probes brought back."""
+
+    schema_: Literal["simmem.measurements/1"] = Field(default="simmem.measurements/1", alias="schema")
+    name: str
+    """Of the device."""
+    date: str
+    machine: dict[str, Condition]
+    """Processor, cores, caches, memory, storage and its file system, GPU, power limits: what makes it this machine."""
+    versions: dict[str, str]
+    mode: str
+    """quick or full."""
+    points: tuple[Measurement, ...]
+    bytes_written: float = Field(default=0.0, ge=0)
+    """What the run wrote to storage in all. [B]"""
