@@ -23,7 +23,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DemandClass", "Durations", "OpKind", "Phase", "Schedule", "ScheduleBuilder"]
+__all__ = ["DemandClass", "Durations", "OpKind", "Phase", "Products", "Schedule", "ScheduleBuilder"]
 
 Array = NDArray[np.float64]
 
@@ -45,6 +45,18 @@ class Phase(StrEnum):
 
 
 @dataclass(frozen=True)
+class Products:
+    """What a class multiplies: `count` products of `batch` tokens with a matrix whose rows are `cols` parameters long.
+
+    Where rows are only moved, `cols` is their length in bytes. Only a fitted cost model looks at it.
+    """
+
+    batch: float
+    cols: float
+    count: float
+
+
+@dataclass(frozen=True)
 class DemandClass:
     """Ops that demand the same: who does the work, over which link, at which precision."""
 
@@ -56,6 +68,8 @@ class DemandClass:
     """Moves over this link: its size × depth surface, or its copy rate."""
     precision: str = "fp16"
     """Arithmetic precision of a compute class."""
+    products: Products | None = None
+    """Of a compute class, where they are known."""
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ than a request and constants larger than the work all occur.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,7 +25,8 @@ from simmem.spec.device import Device
 from simmem.spec.model import Model
 from simmem.spec.precision import PRECISIONS
 from simmem.spec.workload import Workload
-from simmem.trace.trace import Quality, Trace, TraceHeader, digest_of
+from simmem.trace.predictors import judge
+from simmem.trace.trace import Predictor, Quality, Trace, TraceHeader, digest_of
 
 Array = NDArray[np.float64]
 
@@ -178,11 +179,31 @@ def traces(draw: st.DrawFn, model: Model) -> Trace:
     active = np.packbits(bits, axis=2, bitorder="little")
     predictor = draw(st.sampled_from(["low-rank", "gate", "oracle", "none"]))
     quality = Quality(text="random", tokens=10, dense_perplexity=10.0, sparse_perplexity=11.0)
-    return Trace(TraceHeader(
+    held = draw(st.sampled_from([(), (("low-rank", 0),), (("gate", 0), ("low-rank", 0), ("low-rank", 1))]))
+    return with_predictors(rng, held, Trace(TraceHeader(
         name="random", kind="captured", model=model.name, n_tokens=n_tokens, n_layers=a.n_layers, n_units=a.d_ff,
         unit_bytes=model.unit_bytes("fp16"), criterion="random", threshold="none", records="active",
         predictor=predictor, predictor_params_share=0.03 if predictor == "low-rank" else 0.0,
-        quality=quality if rng.random() < 0.5 else None, text="none", digest=digest_of(active)), active)
+        quality=quality if rng.random() < 0.5 else None, text="none", digest=digest_of(active)), active))
+
+
+def with_predictors(rng: np.random.Generator, held: Sequence[tuple[str, int]], trace: Trace) -> Trace:
+    """A trace that holds what predictors asked for, each with its own misses and false alarms."""
+    h = trace.header
+    rows, asked = [], []
+    for name, ahead in held:
+        miss, alarm = rng.choice([0.0, 0.3, 1.0]), rng.choice([0.0, 0.2])
+        bits = np.unpackbits(trace.active, axis=2, count=h.n_units, bitorder="little").astype(np.bool_)
+        bits = (bits & (rng.random(bits.shape) >= miss)) | (rng.random(bits.shape) < alarm)
+        asked.append(np.packbits(bits, axis=2, bitorder="little"))
+        unit_bytes = h.unit_bytes
+        found = judge(trace.active, asked[-1], n_units=h.n_units, unit_bytes=unit_bytes)
+        rows.append(Predictor.model_validate({
+            "name": name, "asks": "at random", "layers_ahead": ahead, "unit_bytes": unit_bytes,
+            "params_share": 0.02 * (1 + ahead), "held": True, **found._asdict(),
+            "quality": Quality(text="random", tokens=10, dense_perplexity=10.0, sparse_perplexity=12.0 + ahead)}))
+    extras = {"asked": np.stack(asked)} if asked else {}
+    return Trace.with_extras(h.model_copy(update={"predictors": tuple(rows)}), trace.active, extras)
 
 
 @st.composite

@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from simmem.cli import judging, listing, planning, tracing
+from simmem.cli import judging, listing, machine, planning, running, tracing
 
 __all__ = ["app", "command"]
 
@@ -41,6 +41,8 @@ app.command()(tracing.capture)
 app.command()(tracing.replay)
 app.command("import")(tracing.import_log)
 app.command()(tracing.export)
+app.command()(machine.calibrate)
+app.command()(running.run)
 app.command()(judging.reproduce)
 app.command()(listing.devices)
 app.command()(listing.models)

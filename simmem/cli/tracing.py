@@ -25,6 +25,8 @@ def capture(
         help="neuron: a unit is all its rows; known: what need not be read once the criterion is known.")] = None,
     mass: Annotated[float | None, typer.Option(help="KV blocks: share of the attention mass; default 0.95.")] = None,
     page_tokens: Annotated[int | None, typer.Option(help="KV blocks: tokens of one; default 16.")] = None,
+    levels: Annotated[list[str] | None, typer.Option(
+        help="Measure perplexity at these shares as well, e.g. 0.3,0.9; none: at no others; default: a few.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to record, of each sequence.")] = 512,
     context: Annotated[int, typer.Option(help="Tokens before the first recorded one of a pass.")] = 512,
     calibration_tokens: Annotated[int, typer.Option(help="Tokens that thresholds are fitted on.")] = 3072,
@@ -34,6 +36,13 @@ def capture(
     decode: Annotated[bool, typer.Option("--decode", help="Let the model write the text behind the context.")] = False,
     temperature: Annotated[float, typer.Option(help="With --decode; 0 takes the likeliest token.")] = 0.0,
     seed: Annotated[int, typer.Option(help="With --decode at a temperature.")] = 0,
+    predictor: Annotated[list[str] | None, typer.Option(
+        help="Fit and judge one: gate or low-rank; may be repeated.")] = None,
+    rank: Annotated[int | None, typer.Option(help="Of a low-rank predictor; default 64.")] = None,
+    recall: Annotated[float | None, typer.Option(
+        help="Share of the active units that a predictor is to ask for; default 0.9.")] = None,
+    predictor_tokens: Annotated[int | None, typer.Option(
+        help="Tokens that predictors are fitted on at most; default 16384.")] = None,
     dtype: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     device: Annotated[str, typer.Option(help="cpu, cuda or cuda:N.")] = "cpu",
     threads: Annotated[int | None, typer.Option(help="CPU threads for torch.")] = None,
@@ -48,15 +57,18 @@ def capture(
     from simmem.report.files import check_writable
     from simmem.runtime.capture import capture as run
     from simmem.runtime.capture import default_text_path
+    from simmem.runtime.request import parse_levels
     from simmem.runtime.stream import discard, partial_folder
     from simmem.trace.store import save_trace
 
     check_writable(out, inputs=(text, *Path(model).glob("*.safetensors")), suffix=".safetensors")
     partial = partial_folder(out)
     found = run(model, text or default_text_path(), unit=unit, criterion=criterion, sparsity=sparsity, skip=skip,
-                mass=mass, page_tokens=page_tokens, tokens=tokens, context=context,
+                mass=mass, page_tokens=page_tokens, levels=parse_levels(levels), tokens=tokens, context=context,
                 calibration_tokens=calibration_tokens, evaluation_tokens=evaluation_tokens, batch=batch,
-                observe=observe, decode=decode, temperature=temperature, seed=seed, dtype=dtype, device=device,
+                observe=observe, decode=decode, temperature=temperature, seed=seed,
+                predictors=tuple(predictor or ()), rank=rank, recall=recall, predictor_tokens=predictor_tokens,
+                dtype=dtype, device=device,
                 threads=threads, download=download, partial=partial, resume=resume,
                 progress=lambda what, share: print(f"{what} ({share:.0%})", file=sys.stderr))
     found = replace(found, header=found.header.model_copy(update={"name": out.stem}))  # the shipped ones keep theirs
@@ -82,7 +94,8 @@ def replay(
     batch: Annotated[int, typer.Option(help="Sequences decoded together: a step uses the union of theirs.")] = 1,
     page_cache: Annotated[str | None, typer.Option(help="Size of the system's page cache beneath, e.g. 500MB.")] = None,
     prefetch: Annotated[str | None, typer.Option(
-        help="Read ahead: previous-token, frequent or RECALL:PRECISION, e.g. 0.9:0.6.")] = None,
+        help="Read ahead: previous-token, frequent, RECALL:PRECISION (e.g. 0.9:0.6), or gate, low-rank or next-layer "
+             "where the trace holds what they ask for.")] = None,
     weights: Annotated[str | None, typer.Option(help="Precision that units are stored at.")] = None,
     plot: Plot = None,
     as_json: Json = False,

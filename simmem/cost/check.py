@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from simmem.cost.roofline import arithmetic_peak
 from simmem.errors import SpecError
-from simmem.schedule import DemandClass, Durations, OpKind, Schedule, ScheduleBuilder
+from simmem.schedule import DemandClass, Durations, OpKind, Products, Schedule, ScheduleBuilder
 from simmem.spec.device import Device, load_device
 
 __all__ = ["CostModel", "check_cost_model"]
@@ -30,6 +30,8 @@ LARGEST_JUMP = 1e-5
 HALVINGS = 36
 SIZES_BYTES = (64.0, 7e7)
 DEPTHS = (1.0, 512.0)
+PRODUCTS = (None, Products(1.0, 4096.0, 4.0), Products(37.0, 700.0, 3.0))
+"""Nothing known of the shapes; a decode step; a short prompt."""
 
 
 def check_cost_model(cost: CostModel, device: Device | None = None) -> None:
@@ -49,8 +51,11 @@ def check_cost_model(cost: CostModel, device: Device | None = None) -> None:
         for name in each.link:
             probe.link(name)
         for name in each.agent:
-            for precision in ("fp32", "fp16", "int8", "int4"):
-                probe.agent(name, precision)
+            for precision in ("fp32", "fp16", "bf16", "int8", "int4"):
+                for products in PRODUCTS:
+                    probe.agent(name, DemandClass(f"agent.{name}", OpKind.COMPUTE, agent=name, precision=precision,
+                                                  products=products))
+            probe.agent(name, DemandClass(f"agent.{name}", OpKind.MEMORY, agent=name))
 
 
 class _Probe:
@@ -110,9 +115,8 @@ class _Probe:
 
     # --- agents ---------------------------------------------------------------------------------
 
-    def agent(self, name: str, precision: str) -> None:
-        agent = self.device.agent[name]
-        what = DemandClass(f"agent.{name}", OpKind.COMPUTE, agent=name, precision=precision)
+    def agent(self, name: str, what: DemandClass) -> None:
+        agent, precision = self.device.agent[name], what.precision
         peak, rate = arithmetic_peak(agent, name, precision)[1], agent.rate.value
 
         def compute(flop: Array, n_bytes: Array, kernels: float) -> Array:

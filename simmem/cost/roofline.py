@@ -6,6 +6,9 @@ Copies:              bytes / R, and L until dependants may start
 
 A batch of n requests has at most n in flight.
 
+Where a device names a cost model fitted to its own measurements (`simmem.cost.fitted`), a class that it covers takes
+the longer of its time and the roofline's, without the constant.
+
 Every figure may carry a factor per candidate: that is how draws and sensitivities become columns.
 """
 
@@ -16,9 +19,11 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
+from simmem.cost.fitted import class_group, class_work, half_width, product_s
 from simmem.cost.surface import Regime, read_seconds
 from simmem.errors import SpecError
 from simmem.schedule import DemandClass, Durations, OpKind, Schedule
+from simmem.spec.costmodel import Group
 from simmem.spec.device import Agent, Device, Link
 
 __all__ = [
@@ -26,6 +31,7 @@ __all__ = [
     "arithmetic_peak",
     "capacity_bytes_per_s",
     "durations",
+    "error_key",
     "storage_seconds_per_request",
     "storage_throughput",
 ]
@@ -75,7 +81,29 @@ def _compute_s(schedule: Schedule, index: int, what: DemandClass, device: Device
     seconds = schedule.flop[index] / flop_per_s
     if moved is not None:
         seconds = np.maximum(seconds, moved[index] / rate)
+    fitted = _fitted_s(schedule, index, what, device, agent, key, factors)
+    if fitted is not None:
+        return np.asarray(np.maximum(seconds, fitted))
     return np.asarray(seconds + schedule.requests[index] * overhead)
+
+
+def _fitted_s(schedule: Schedule, index: int, what: DemandClass, device: Device, agent: Agent, peak_key: str,
+              factors: Factors) -> Array | None:
+    """Seconds by the device's fitted cost model; None where it has none for this class.
+
+    A figure of the device that changes takes the terms with it that it stands for.
+    """
+    group = class_group(device.cost_model, what, agent) if device.cost_model else None
+    if group is None:
+        return None
+    name = f"agent.{what.agent}"
+    slower = {
+        "overhead": _factor(factors, f"{name}.op_overhead"),
+        "memory": 1.0 / (_factor(factors, f"{name}.rate") * _factor(factors, f"{name}.rate_share")),
+        "arithmetic": 1.0 / (_factor(factors, peak_key) * _factor(factors, f"{name}.flop_share"))}
+    work = class_work(schedule, index, agent.memory, group)
+    drawn = factors.get(error_key(group))
+    return product_s(group, work, slower, 1.0 if drawn is None else drawn ** half_width(group, work))
 
 
 def _move_s(schedule: Schedule, index: int, name: str, device: Device, factors: Factors) -> tuple[Array, Array]:
@@ -121,6 +149,11 @@ def storage_seconds_per_request(link: Link, size_bytes: Array | float, depth: Ar
         single_rate=of("single_rate"), cached_rate=of("cached_rate"),
         best_depth=None if link.best_depth is None else link.best_depth.value,
         overload_exponent=None if link.overload_exponent is None else link.overload_exponent.value)
+
+
+def error_key(group: Group) -> str:
+    """The factor that stands for the error of a group of a fitted cost model; to its half width, it is the error's."""
+    return f"cost_model.{group.kind}.{group.dtype}"
 
 
 def storage_throughput(link: Link, size_bytes: Array | float, depth: Array | float,

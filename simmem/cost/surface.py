@@ -121,13 +121,12 @@ E27T and 1.71 on the M1 Max, whose points tell."""
 _SPREAD = {"latency": 0.9, "single_rate": 0.7, "request_time": 1.2, "request_rate": 0.4, "rate": 0.1}
 _USUAL_OVERLOAD, _OVERLOAD_SPREAD = 0.2, 0.15
 _DECLINE = 0.02
-"""A throughput lower than that of a smaller depth by more than this share is overload, not scatter."""
 _REMAINS = 0.5
 """A parameter keeping more than this share of the variance it had before the points is not determined by them."""
 
 
 def fit_surface(points: Sequence[ReadPoint], *, known: Mapping[str, float] | None = None,
-                scatter: float = 0.05) -> SurfaceFit:
+                scatter: float = 0.05, decline: float = _DECLINE) -> SurfaceFit:
     """The surface that fits measured points best, in the logarithm of the throughput.
 
     Least squares with what is usual for a drive as further, weak observations: three points give a sensible surface,
@@ -140,6 +139,7 @@ def fit_surface(points: Sequence[ReadPoint], *, known: Mapping[str, float] | Non
     points : at least one random read unless the rate is known.
     known : members of `PARAMETERS` with a source of their own, held fixed. [s] or [B/s]
     scatter : how far a measured point is expected to lie from a surface, as a share of it.
+    decline : a throughput lower than that of a smaller depth by more than this share is overload, not scatter.
 
     Raises
     ------
@@ -167,7 +167,7 @@ def fit_surface(points: Sequence[ReadPoint], *, known: Mapping[str, float] | Non
     size, depth, measured = (np.array([getattr(p, name) for p in points], dtype=np.float64)
                              for name in ("size_bytes", "depth", "bytes_per_s"))
     reads = {regime: np.array([p.regime == regime for p in points]) for regime in {p.regime for p in points}}
-    best_depth = _best_depth(points)
+    best_depth = _best_depth(points, decline)
     free = [name for name in PARAMETERS if name not in known]
     seen = max((p.bytes_per_s for p in points if p.regime != "cached"), default=0.0)
     held = [math.log(p.bytes_per_s) for p in points if p.regime == "cached"]
@@ -212,9 +212,9 @@ def fit_surface(points: Sequence[ReadPoint], *, known: Mapping[str, float] | Non
         tuple(name for name, share in zip(free, remaining, strict=False) if share > _REMAINS))
 
 
-def _best_depth(points: Sequence[ReadPoint]) -> float | None:
+def _best_depth(points: Sequence[ReadPoint], decline: float) -> float | None:
     """The depth of the highest throughput, at the size where more depth costs most; None where it never costs."""
-    worst, best = 1.0 - _DECLINE, None
+    worst, best = 1.0 - decline, None
     for size in {p.size_bytes for p in points}:
         curve = sorted((p for p in points if p.size_bytes == size and p.regime == "random"), key=lambda p: p.depth)
         if not curve:

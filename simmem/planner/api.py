@@ -23,8 +23,10 @@ from simmem.planner.document import (
     Sensitivity,
     TraceRef,
     WorkloadRef,
+    measured_here,
 )
 from simmem.planner.explain import reasons
+from simmem.planner.fitted import fitted_use
 from simmem.planner.predict import alternative, law_factors, memory_use, predict, quality_of, token_seconds
 from simmem.planner.question import FINAL_ROWS, Question, ask
 from simmem.planner.ranking import (
@@ -117,6 +119,7 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
     rows = stratified_rows(context, best.policy, FINAL_ROWS)
     few = stratified_rows(context, best.policy, SCORING_ROWS)
     predicted = predict(best, rows, interval_rows=few)
+    fitted = fitted_use(best, few)
     same = next(f for f in found if f.context is context)
     agent = str(best.block.structural["agent"])
     recommended = Alternative(weights=context.workload.weights, policy=best.policy.name, knobs=best.knobs,
@@ -138,15 +141,28 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
         pareto=[] if brief else [
             alternative(c, _some(c)) if c.block is not best.block else recommended for c in pareto_front(ranked)],
         evidence=Evidence(engine="events", weakest_kind=str(weakest_kind(
-            context, agent, uses_trace=best.policy.uses_trace)), cost_model="roofline",
-            search_gap=gap, extrapolating=False),
+            context, agent, uses_trace=best.policy.uses_trace)), cost_model=fitted.cost_model,
+            search_gap=gap, extrapolating=fitted.extrapolating, measured=measured_here(question.device)),
         fit=_fit(question, agent), objective=question.objective, engine=question.engine, why=[])
-    notes = [*_notes(best, rows), *_set_aside(same, predicted.token_latency_s), *_too_lossy(found, best)]
+    notes = [*fitted.notes, *_notes(best, rows), *_curve(best), *_set_aside(same, predicted.token_latency_s),
+             *_too_lossy(found, best)]
     return result.model_copy(update={"why": reasons(result, question.device, notes)})
 
 
 def _notes(candidate: Candidate, rows: NDArray[np.int64]) -> list[str]:
     return list(candidate.policy.report(candidate.context, candidate.block, rows)["notes"])
+
+
+def _curve(candidate: Candidate) -> list[str]:
+    """What leaving out less or more would cost, where the trace that is planned with says so."""
+    trace = candidate.context.trace
+    quality = trace.header.quality if trace and candidate.policy.uses_trace else None
+    report = candidate.policy.report(candidate.context, candidate.block, np.zeros(1, dtype=np.int64))
+    if quality is None or len(quality.levels) < 2 or report["perplexity_ratio"] in (None, 1.0):
+        return []
+    points = [f"{format_quantity(sparsity, 'ratio', 2)} × {ratio:.{3 if ratio < 10 else 0}f}"
+              for sparsity, ratio in quality.curve]
+    return [f"perplexity by share of the units left out, as measured with the trace: {', '.join(points)}"]
 
 
 def _some(candidate: Candidate) -> NDArray[np.int64]:

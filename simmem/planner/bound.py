@@ -2,7 +2,8 @@
 
 Whatever lives where, a decode step multiplies attention, head and the active FFN units at no more
 than the achieved rates of all agents together, and reads from storage what all memories together
-cannot hold of them. Constants per op are left out.
+cannot hold of them. Constants per op are left out. Where the trace holds what predictors asked for, the
+least of them counts: one that misses units leaves work out.
 """
 
 from __future__ import annotations
@@ -18,14 +19,16 @@ __all__ = ["agent_bound", "lower_bound"]
 def _used(context: Context, *, any_token: bool = False) -> tuple[float, dict[str, float]]:
     """Matrix parameters multiplied in a decode step (each as often as tokens use it), and those read, by group.
 
-    Mean activity of the trace, or that of the least active token. Experts are read once for all the sequences that
+    Mean activity of the trace (or of what one of its predictors asked for, where that is less), or that of the least
+    active token. Experts are read once for all the sequences that
     chose them.
     """
     model, batch = context.model, context.workload.batch
     active = 1.0
     if context.trace is not None:
-        by_token = context.table.active_units.mean(axis=1) / context.table.n_units
-        active = float(by_token.min() if any_token else by_token.mean())
+        for known in (context, *(context.asking(p.name, p.layers_ahead or 0) for p in context.fitted)):
+            by_token = known.table.active_units.mean(axis=1) / known.table.n_units
+            active = min(active, float(by_token.min() if any_token else by_token.mean()))
     read = {model.mixer.name: float(model.mixer.matrix_params),
             "embedding" if model.architecture.tied_head else "head": float(model.head_params)}
     multiplied = batch * sum(read.values())

@@ -79,7 +79,10 @@ def blocks(policy: Policy, context: Context, fixed: Mapping[str, object], *, def
     demand = [k.name for k in knobs if k.kind == "demand"]
     if not knobs:
         return
+    unmeasured = getattr(policy, "unmeasured", None)
     for chosen in itertools.product(*(values[n] for n in structural)):
+        if unmeasured is not None and unmeasured(context, dict(zip(structural, chosen, strict=True)), fixed):
+            continue
         grid = np.meshgrid(*(np.array(values[n]) for n in demand), indexing="ij")
         columns = {n: g.reshape(-1) for n, g in zip(demand, grid, strict=True)}
         block = Block(dict(zip(structural, chosen, strict=True)), columns)

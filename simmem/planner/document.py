@@ -7,6 +7,9 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field
 
 from simmem.policy.base import KnobValue
+from simmem.spec.base import Kind
+from simmem.spec.device import Device
+from simmem.spec.measurement import CALIBRATED
 
 __all__ = [
     "Alternative",
@@ -16,6 +19,7 @@ __all__ = [
     "Emission",
     "Evidence",
     "Fit",
+    "MeasuredHere",
     "MemoryUse",
     "Percentiles",
     "Plan",
@@ -26,6 +30,7 @@ __all__ = [
     "Sensitivity",
     "TraceRef",
     "WorkloadRef",
+    "measured_here",
 ]
 
 
@@ -128,12 +133,22 @@ class Alternative(_Part):
     quality: QualityCost
 
 
+class MeasuredHere(_Part):
+    """Which of the device's figures `simmem calibrate` measured on it, and how well."""
+
+    figures: int
+    of: int
+    spread: tuple[float, float]
+    """Least and largest half width of their 90 % ranges over their values."""
+
+
 class Evidence(_Part):
     engine: str
     weakest_kind: str
     cost_model: str
     search_gap: float | None
     extrapolating: bool
+    measured: MeasuredHere | None = None
 
 
 class Fit(_Part):
@@ -204,3 +219,14 @@ class Plan(_Part):
     def to_json(self) -> str:
         """The document as `plan --json` prints it."""
         return self.model_dump_json(by_alias=True, indent=2)
+
+
+def measured_here(device: Device) -> MeasuredHere | None:
+    """What a device file says of its own calibration; None where nothing was measured by `simmem calibrate`."""
+    figures = device.figures().values()
+    ours = [f for f in figures if f.kind is Kind.MEASURED and f.source.startswith(CALIBRATED)]
+    spreads = [(f.range[1] - f.range[0]) / 2 / f.value for f in ours
+               if f.range and f.value > 0 and f.range[0] < f.range[1]]
+    if not spreads:
+        return None
+    return MeasuredHere(figures=len(ours), of=len(figures), spread=(min(spreads), max(spreads)))

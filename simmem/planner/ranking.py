@@ -19,7 +19,7 @@ from simmem.planner.bound import agent_bound
 from simmem.planner.candidate import Candidate, blocks, capacity_cut, front, score, stratified_rows
 from simmem.planner.predict import energy_j, prefill_seconds, quality_of, token_seconds
 from simmem.planner.question import Question
-from simmem.policy.base import Policy, policy_named
+from simmem.policy.base import Block, Policy, policy_named
 from simmem.policy.context import Context
 
 __all__ = [
@@ -75,13 +75,14 @@ def search(question: Question, weights: str) -> Found:
     pruned = float("inf")
     for name in question.policy_names:
         policy = policy_named(name)
-        fastest = float("inf")  # within a policy: the best of each is wanted, if only to compare with
+        # Within a policy and a way of knowing: the best of each is wanted, if only to compare with.
+        fastest: dict[object, float] = {}
         pool: list[Candidate] = []
         for block in blocks(policy, context, question.fixed, defaults=question.defaults):
             # Nothing this agent could do is as fast as what was already found: the whole block is out. Sharing may
             # make what was found slower than the bound, so the proof has to know where the cut was.
-            least = floor[str(block.structural["agent"])]
-            if question.objective == "latency" and least > fastest:
+            least, kind = floor[str(block.structural["agent"])], _way_of_knowing(block)
+            if question.objective == "latency" and least > fastest.get(kind, float("inf")):
                 pruned = min(pruned, least)
                 continue
             cut = capacity_cut(policy, context, block)
@@ -91,11 +92,13 @@ def search(question: Question, weights: str) -> Found:
             kept = np.flatnonzero(cut.fits)
             block, held = block.only(kept), cut.fast_bytes[kept]
             seconds = score(policy, context, block, stratified_rows(context, policy, 1))
-            fastest = min(fastest, float(seconds.min()))
+            fastest[kind] = min(fastest.get(kind, float("inf")), float(seconds.min()))
             pool += [Candidate(context, policy, block.only(np.array([i])), float(seconds[i]), float(held[i]))
                      for i in _survivors(seconds, held)]
-        kept_of_policy = _survivors(np.array([c.score_s for c in pool]), np.array([c.fast_bytes for c in pool]))
-        ranked += _rescore(policy, context, [pool[i] for i in kept_of_policy])
+        for kind in dict.fromkeys(_way_of_knowing(c.block) for c in pool):
+            alike = [c for c in pool if _way_of_knowing(c.block) == kind]
+            kept_of_kind = _survivors(np.array([c.score_s for c in alike]), np.array([c.fast_bytes for c in alike]))
+            ranked += _rescore(policy, context, [alike[i] for i in kept_of_kind])
     ranked.sort(key=lambda c: c.score_s)
     fits = any(c.policy.name == "resident" for c in ranked)
 
@@ -113,16 +116,21 @@ def _too_lossy(question: Question, ranked: Sequence[Candidate]) -> set[int]:
     """Which candidates are not known to keep to the quality that was asked for, by id."""
     if question.max_quality_loss is None:
         return set()
-    known: dict[tuple[str, object], float | None] = {}
+    known: dict[tuple[object, ...], float | None] = {}
     found = set()
     for c in ranked:
-        kind = c.policy.name, c.knobs.get("predictor")
+        kind = c.policy.name, c.knobs.get("predictor"), c.knobs.get("prefetch_layers")
         if kind not in known:
             known[kind] = quality_of(c).perplexity_ratio
         ratio = known[kind]
         if ratio is None or ratio > 1.0 + question.max_quality_loss:
             found.add(id(c))
     return found
+
+
+def _way_of_knowing(block: Block) -> object:
+    """The predictor of a block: an oracle's plans must not crowd out those that an engine can follow."""
+    return block.structural.get("predictor")
 
 
 def is_oracle(candidate: Candidate) -> bool:

@@ -14,7 +14,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from simmem.cost.roofline import durations
 from simmem.errors import SimmemError, SpecError, TraceError
 from simmem.planner.candidate import Candidate, blocks, contention_of, stratified_rows
-from simmem.planner.document import Percentiles, Plan
+from simmem.planner.document import MeasuredHere, Percentiles, Plan, measured_here
 from simmem.planner.predict import column_of
 from simmem.planner.question import FINAL_ROWS, ask
 from simmem.policy.base import policy_named
@@ -46,6 +46,8 @@ class Simulation(BaseModel):
     bytes_per_token: dict[str, float]
     peak_bytes: dict[str, float]
     background: dict[str, float]
+    measured: MeasuredHere | None = None
+    """Which figures of the device were measured on it."""
 
 
 def read_plan(path: Path) -> Plan:
@@ -123,5 +125,5 @@ def resimulate(plan: Plan, tokens: int, background: Mapping[str, float] | None =
         busy_s={k: float(np.mean([r.busy_s[k] for r in runs])) for k in runs[0].busy_s},
         bytes_per_token={n: float(np.mean([m[f"link.{n}"][0] for m in moved])) for n in context.device.link
                          if f"link.{n}" in moved[0]},
-        peak_bytes=peaks, background=dict(background or {}))
+        peak_bytes=peaks, background=dict(background or {}), measured=measured_here(context.device))
     return result, runs

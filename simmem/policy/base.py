@@ -49,6 +49,8 @@ class Knob:
     high: float | None = None
     unsearched: tuple[KnobValue, ...] = ()
     """Values that may be set but are not worth searching."""
+    hint: str = ""
+    """What a user can do about a value that is missing."""
 
     def parse(self, given: object) -> KnobValue:
         """A value from the command line or a file, checked against the knob's type and range."""
@@ -76,7 +78,8 @@ class Knob:
         else:
             allowed = (*self.values, *self.unsearched)
             if given not in allowed:
-                raise SpecError(f"found {given!r}, expected one of {', '.join(map(str, allowed))}", key=self.name)
+                hint = f"; {self.hint}" if self.hint else ""
+                raise SpecError(f"found {given!r}, expected one of {', '.join(map(str, allowed))}{hint}", key=self.name)
             value = str(given)
         return value
 

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,7 +16,7 @@ from simmem.spec.model import Model
 from simmem.spec.precision import FILE, matrix_bytes_per_param, vector_bytes_per_param
 from simmem.spec.workload import Workload
 from simmem.trace.replay import WindowTable, run_table, window_table
-from simmem.trace.trace import Trace
+from simmem.trace.trace import Predictor, Trace
 
 __all__ = ["MAX_WINDOW", "Context", "Replayed"]
 
@@ -51,6 +51,18 @@ class Replayed:
                 at = [Replayed(self.vary(name, f), longest_window=self.table.max_window) for f in (low, high)]
                 found[name] = (low, at[0], high, at[1])
         return found
+
+    @cached_property
+    def _asked(self) -> dict[tuple[str, int], Replayed]:
+        return {}
+
+    def asking(self, name: Literal["low-rank", "gate"], layers_ahead: int) -> Replayed:
+        """The trace of what one of its predictors asked for; see `Trace.asking`."""
+        found, _ = self.trace.asked_by(name, layers_ahead)
+        key = name, found.layers_ahead or 0
+        if key not in self._asked:
+            self._asked[key] = Replayed(self.trace.asking(*key), longest_window=self.table.max_window)
+        return self._asked[key]
 
     @cached_property
     def _runs(self) -> dict[tuple[int, tuple[int, ...], tuple[int, ...]],
@@ -209,6 +221,27 @@ class Context:
     @property
     def trace(self) -> Trace | None:
         return self.replayed.trace if self.replayed else None
+
+    @property
+    def fitted(self) -> tuple[Predictor, ...]:
+        """Predictors other than the trace's own whose questions it holds, those that a policy can plan with."""
+        if self.trace is None:
+            return ()
+        header = self.trace.header
+        return tuple(p for p in header.predictors if p.held and p.name in ("low-rank", "gate")
+                     and p.name != header.predictor)
+
+    def asking(self, predictor: str, layers_ahead: int) -> Context:
+        """The same with the trace of what a predictor asked for, where it is one of `fitted`."""
+        if self.replayed is None or all(predictor != p.name for p in self.fitted):
+            return self
+        name: Literal["low-rank", "gate"] = "low-rank" if predictor == "low-rank" else "gate"
+        replayed = self.replayed.asking(name, layers_ahead)
+        key = ("asking", id(replayed))
+        if key not in self.memo:
+            self.memo[key] = replace(self, replayed=replayed)
+        found: Context = self.memo[key]
+        return found
 
     @property
     def table(self) -> WindowTable:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from simmem.spec.model import Model
 
-__all__ = ["FfnWork", "Layers", "ffn_work", "layers_of", "touched_experts"]
+__all__ = ["FfnWork", "Layers", "ffn_products", "ffn_work", "layers_of", "touched_experts"]
 
 
 @dataclass(frozen=True)
@@ -114,3 +114,22 @@ def ffn_work(model: Model, kind: str, n_tokens: float) -> FfnWork:
         {"ffn": biases, "router": router.vector_params / layers,
          "experts": experts.vector_params / layers / x.count * touched},
         AROUND_KERNELS + ROUTER_KERNELS + kernels + (kernels + 1 if x.d_shared else 0))
+
+
+def ffn_products(model: Model, kind: str, n_tokens: float) -> tuple[float, float, float]:
+    """Tokens a product of the FFN multiplies at once, mean length of a row of its matrices, and how many products.
+
+    The rows of up and gate are as long as the model is wide, those of down as the FFN is. Tokens spread over experts
+    evenly.
+    """
+    a, x = model.architecture, model.architecture.experts
+    matrices = model.unit_matrices
+
+    def mean_row(width: float) -> float:
+        return matrices * a.d_model * width / ((matrices - 1) * width + a.d_model)
+
+    if kind == "experts" and x is not None:
+        touched = touched_experts(x.count, x.per_token, n_tokens)
+        count = matrices * (touched + (1.0 if x.d_shared else 0.0))
+        return n_tokens * x.per_token / touched, mean_row(x.d_expert), count
+    return n_tokens, mean_row(max(a.d_ff, 1)), float(matrices)

@@ -20,8 +20,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.policy.context import Context
-from simmem.policy.layer_kinds import ffn_work
-from simmem.schedule import DemandClass, OpKind, Phase, Schedule, ScheduleBuilder
+from simmem.policy.layer_kinds import ffn_products, ffn_work
+from simmem.schedule import DemandClass, OpKind, Phase, Products, Schedule, ScheduleBuilder
 
 __all__ = ["STREAM_CHUNK_BYTES", "Demands", "UnitDemands", "decode_schedule", "prefill_schedule", "stream_requests"]
 
@@ -41,6 +41,8 @@ STATE_SPACE_KERNELS = 9
 WARM_UP = 4
 """Stages, in pipeline depths, that pass before the timed step: a test compares with very many."""
 
+MIXER_PRODUCTS = 4.0
+"""query, key, value, output; with latent attention and in a state space about as many."""
 HEAD_KERNELS = 3
 """norm, output projection, sampling. [kernels]"""
 
@@ -121,10 +123,11 @@ class _Ops:
         return found
 
     def compute(self, name: str, kind: OpKind, agent: str, flop: Array | float, n_bytes: Array | float,
-                kernels: Array | float, release: Mapping[str, Array | float] | None = None) -> tuple[int, str]:
+                kernels: Array | float, release: Mapping[str, Array | float] | None = None,
+                products: Products | None = None) -> tuple[int, str]:
         memory = self.context.memory_of(agent)
         return self.builder.demand(
-            DemandClass(name, kind, agent=agent, precision=self.context.workload.weights),
+            DemandClass(name, kind, agent=agent, precision=self.context.workload.weights, products=products),
             flop=flop, requests=kernels, bytes={f"memory.{memory}": n_bytes}, release=release), agent
 
     def streams(self) -> tuple[list[list[tuple[int, str]]], list[tuple[int, str]]]:
@@ -157,7 +160,8 @@ class _Ops:
             self.read_bytes(mixer.name, mixer.matrix_params / layers, mixer.vector_params / layers)
             + self.read_bytes("norms", 0.0, norm_params) + context_bytes / layers,
             STATE_SPACE_KERNELS if model.architecture.state_space else LATENT_ATTENTION_KERNELS
-            if model.architecture.latent_attention else ATTENTION_KERNELS)
+            if model.architecture.latent_attention else ATTENTION_KERNELS,
+            products=Products(n_tokens, float(model.architecture.d_model), MIXER_PRODUCTS))
 
     def feeds(self, n_tokens: float, norm_params: float) -> list[tuple[int, str]]:
         """The whole FFN of each kind of layer for all its tokens."""
@@ -169,7 +173,7 @@ class _Ops:
             found.append(self.compute(
                 "ffn", OpKind.COMPUTE, self.demands.agent, 2.0 * sum(work.multiplied_params.values()),
                 n_bytes + self.read_bytes("norms", 0.0, norm_params if work.kernels else 0.0), work.kernels,
-                {self.memory: streamed}))
+                {self.memory: streamed}, Products(*ffn_products(model, name, n_tokens))))
         return found
 
 
@@ -200,7 +204,8 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
         ffn = model.group("ffn")
         if units.predictor_params:
             predict = ops.compute("predictor", OpKind.PREDICTOR, agent, 2.0 * batch * units.predictor_params,
-                                  ops.read_bytes("ffn", units.predictor_params, 0.0), 2)
+                                  ops.read_bytes("ffn", units.predictor_params, 0.0), 2,
+                                  products=Products(batch, float(a.d_model), 2.0))
         beside = ops.read_bytes("ffn", 0.0, ffn.vector_params / layers) + ops.read_bytes("norms", 0.0, norm_params)
         kernels = ffn_work(model, "plain", batch).kernels
         # Rows are rearranged where they live: by the CPU in unified memory, by the GPU in its own.
@@ -210,15 +215,17 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
             unit_moves.append(ops.move("units", units.read_bytes[layer], units.requests[layer], unit_hops,
                                        units.read_bytes[layer]))
             upkeep.append(ops.compute("upkeep", OpKind.MEMORY, keeper, 0.0, units.upkeep_bytes[layer],
-                                      np.where(units.upkeep_bytes[layer] > 0, 2.0, 0.0)))
+                                      np.where(units.upkeep_bytes[layer] > 0, 2.0, 0.0),
+                                      products=Products(1.0, context.unit_bytes, 1.0)))
             params = units.rows[layer] * context.unit_params
             feed.append(ops.compute(
                 "ffn", OpKind.COMPUTE, agent, 2.0 * batch * params,
                 params * context.read_bytes_per_param(agent, "ffn")[0] + beside, kernels,
-                {ops.memory: demands.layer_stream_bytes[kind[layer]] + units.read_bytes[layer]}))
+                {ops.memory: demands.layer_stream_bytes[kind[layer]] + units.read_bytes[layer]},
+                Products(batch, float(a.d_model), float(model.unit_matrices))))
     head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * batch * model.head_params,
                        ops.head_bytes(), HEAD_KERNELS,
-                       {ops.memory: demands.head_stream_bytes})
+                       {ops.memory: demands.head_stream_bytes}, Products(batch, float(a.d_model), 1.0))
     step = ops.compute("step", OpKind.SYNC, agent, 0.0, 0.0, 1.0) if context.agent(agent).step_overhead else None
     lookup = ops.move("embedding rows", np.full(n_columns, demands.lookup_bytes), np.full(n_columns, float(batch)),
                       context.path_to(agent)) if demands.lookup_bytes else []
@@ -308,7 +315,8 @@ def prefill_schedule(context: Context, demands: Demands) -> Schedule:
     attend = ops.mixer(n, n * model.attention_flop(*seen, prompt=True), written, 0.0)
     feed = ops.feeds(n, 0.0)
     head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * workload.batch * model.head_params, ops.head_bytes(),
-                       HEAD_KERNELS, {ops.memory: demands.head_stream_bytes})
+                       HEAD_KERNELS, {ops.memory: demands.head_stream_bytes},
+                       Products(workload.batch, float(a.d_model), 1.0))
     builder = ops.builder
     ahead = demands.prefetch
     computed: list[int] = []

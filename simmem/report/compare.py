@@ -16,7 +16,7 @@ from simmem.spec.base import Kind
 from simmem.spec.device import load_device
 
 __all__ = ["ComparedDevice", "ComparedFigure", "ComparedValue", "DeviceComparison", "compare_devices",
-           "show_comparison"]
+           "print_comparison", "show_comparison"]
 
 MISSING = "—"
 
@@ -112,10 +112,11 @@ def show_comparison(a: str, b: str, *, beside: object = None, as_json: bool) -> 
     if as_json:
         print(found.model_dump_json(by_alias=True, indent=2))
     else:
-        _print(found)
+        print_comparison(found)
 
 
-def _print(found: DeviceComparison) -> None:
+def print_comparison(found: DeviceComparison) -> None:
+    """Print a table of every figure of both."""
     out = console()
     for letter, device in (("A", found.a), ("B", found.b)):
         out.print(Text.assemble((f"{letter}  {device.name}", "bold"), f"  {device.title}"))

@@ -301,7 +301,7 @@ class _LevelCurve(_Part):
 
 class _Levels(_Part):
     page_cache: _PageCache | None
-    prefetch: Literal["previous-token", "frequent"] | _PredictorQuality | None
+    prefetch: Literal["previous-token", "frequent", "gate", "low-rank", "next-layer"] | _PredictorQuality | None
     curves: list[_LevelCurve]
 
 

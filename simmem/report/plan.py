@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from rich.console import Console
 from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from simmem.planner.document import Plan, Predicted
+from simmem.planner.document import MeasuredHere, Plan, Predicted
 from simmem.planner.explain import LIMITS
 from simmem.planner.replan import Simulation
 from simmem.report.format import console as new_console
@@ -125,6 +126,14 @@ def print_plan(plan: Plan, device: Device) -> None:
     trace = "no trace" if plan.trace is None else f"{plan.trace.kind} trace {plan.trace.name}"
     console.print(Text(f"Evidence: {e.engine} engine, cost model {e.cost_model}, weakest figure {e.weakest_kind}, "
                        f"search gap {gap}, {trace}.", style="dim"))
+    _measured(console, e.measured)
+
+
+def _measured(console: Console, measured: MeasuredHere | None) -> None:
+    if measured is not None:
+        low, high = (format_quantity(s, "ratio", 2) for s in measured.spread)
+        console.print(Text(f"Figures measured here: {measured.figures} of {measured.of}, spread ±{low} to ±{high}.",
+                           style="dim"))
 
 
 def _quality(plan: Plan) -> str:
@@ -180,3 +189,4 @@ def print_simulation(result: Simulation) -> None:
         if seconds > 0:
             table.add_row(name, _s(seconds), format_quantity(seconds / result.token_latency_s, "ratio", 2))
     section(console, "How busy", table)
+    _measured(console, result.measured)

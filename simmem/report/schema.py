@@ -36,23 +36,29 @@ class _Whole(GenerateJsonSchema):
 
 
 def _printed() -> dict[str, type[BaseModel]]:
+    from simmem.report.calibration import CalibrationDocument
     from simmem.report.compare import DeviceComparison
     from simmem.validation.reference import Reproduction
+    from simmem.validation.runs import RunRow
 
     return {
-        "plan": Plan, "error": documents.ErrorDocument, "simulation": Simulation, "reproduce": Reproduction,
+        "plan": Plan, "error": documents.ErrorDocument, "simulation": Simulation, "run": RunRow,
+        "reproduce": Reproduction,
         "replay": documents.ReplayDocument, "trace": TraceHeader, "devices": documents.DeviceList,
         "models": documents.ModelList, "traces": documents.TraceList, "policies": documents.PolicyList,
         "device-sheet": documents.DeviceSheet, "device-comparison": DeviceComparison,
+        "calibration": CalibrationDocument,
         "model-sheet": documents.ModelSheet,
         "trace-sheet": documents.TraceSheet, "policy-sheet": documents.PolicySheet,
     }
 
 
 def _read() -> dict[str, type[BaseModel]]:
+    from simmem.spec.measurement import Measurements
     from simmem.validation.reference import ReferenceRow
 
-    return {"device": Device, "model": Model, "synthetic": SyntheticSpec, "reference": ReferenceRow}
+    return {"device": Device, "model": Model, "synthetic": SyntheticSpec, "reference": ReferenceRow,
+            "measurements": Measurements}
 
 
 def schema_of(name: str) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from rich.text import Text
 from simmem.policy.base import KnobValue
 from simmem.report.documents import DeviceSheet, FigureRow, ModelSheet, PolicySheet, TraceSheet
 from simmem.report.format import console, new_table, number, parameters, quantity, section, share
+from simmem.report.predictors import predictor_table
 from simmem.report.sheets import Sheet
 from simmem.spec.base import Frozen
 from simmem.trace import TraceHeader
@@ -198,8 +199,24 @@ def _print_trace(out: Console, sheet: TraceSheet) -> None:
     out.print()
     if h.op_timings_s:
         section(out, "Measured, per decode step", _pairs((k, quantity(v, "s")) for k, v in h.op_timings_s.items()))
+    _print_quality(out, h)
+    if h.predictors:
+        section(out, "Who could have known them? (in vain: bytes that a token asks for and does not need)",
+                predictor_table(h))
     _print_law(out, sheet)
     _print_statistics(out, sheet.statistics)
+
+
+def _print_quality(out: Console, header: TraceHeader) -> None:
+    quality = header.quality
+    if quality is None or len(quality.levels) < 2:
+        return
+    table = new_table("attention mass kept" if header.unit == "kv-block" else "asked for", "left out", "perplexity",
+                      "over dense")
+    for point in quality.levels:
+        table.add_row(f"{100 * point.level:g} %", share(point.sparsity), number(point.perplexity),
+                      f"× {number(point.perplexity / quality.dense_perplexity)}")
+    section(out, "Quality by what is left out", table)
 
 
 def _imported(header: TraceHeader) -> str | None:

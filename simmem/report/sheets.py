@@ -33,6 +33,7 @@ from simmem.trace import (
     open_trace,
     trace_statistics,
 )
+from simmem.trace.predictors import simple_predictors
 from simmem.trace.synthetic import law_statistic
 
 __all__ = ["Sheet", "captured_sheet", "figure_rows", "model_of_trace", "sheet_of"]
@@ -148,9 +149,12 @@ def _trace_sheet(path: Path) -> TraceSheet:
 
 
 def captured_sheet(header: TraceHeader, active_share: float, *, trace: Trace | None = None) -> TraceSheet:
-    """A captured trace; its statistics are those in its header; what it lacks is counted where `trace` is given."""
+    """A captured trace; its statistics and predictors are those in its header; what it lacks is counted where
+    `trace` is given."""
     lacks = trace is not None and header.n_tokens > 1 and "co_activation" not in header.statistics
     counted = trace_statistics(trace) if trace is not None and lacks else {}
+    if trace is not None and not header.predictors:
+        header = header.model_copy(update={"predictors": simple_predictors(trace)})
     return TraceSheet(header=header, active_share=active_share, statistics={**counted, **header.statistics},
                       fitted_to=[], serves=[])
 

@@ -24,14 +24,23 @@ from simmem.runtime.measure import WINDOW_TOKENS, perplexity, time_decode
 from simmem.runtime.models import LoadedModel, load_network, machine_failures, require
 from simmem.runtime.pages import MASS_LEVELS, PageHooks
 from simmem.runtime.passes import Ids, PassRecord, Recorder, chooser, decode_pass, forced_pass
+from simmem.runtime.predictors import (
+    GUESSED,
+    asked_perplexities,
+    fit_predictors,
+    masks_held,
+    predictor_rows,
+    with_predictors,
+)
+from simmem.runtime.quality import measure_quality, sparse_hooks
 from simmem.runtime.request import MIN_TOKENS, Asked, Request
 from simmem.runtime.stream import Arrays, Partial
 from simmem.runtime.text import SourceText, TokenParts, default_text_path, read_text, split_tokens, tokenize
-from simmem.runtime.thresholds import Progress, fit_threshold, fit_thresholds
+from simmem.runtime.thresholds import Progress, fit_levels, fit_threshold, fit_thresholds
 from simmem.trace.curves import replay_document
 from simmem.trace.statistics import trace_statistics
 from simmem.trace.store import MAX_FILE_BYTES, MAX_METADATA_BYTES
-from simmem.trace.trace import EXTRA_TENSORS, Quality, Trace
+from simmem.trace.trace import EXTRA_TENSORS, Trace
 
 __all__ = [
     "MIN_TOKENS",
@@ -102,9 +111,16 @@ def capture_from(model: LoadedModel, text: SourceText, *, partial: Path | None =
     with ExitStack() as stack:
         folder = partial or Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="simmem-")))
         kept = Partial(folder, identity_of(model, ids, request), resume=resume)
-        thresholds = _thresholds(model, parts, request, kept, say)
-        _record_passes(model, request, thresholds, parts.capture.reshape(request.batch, -1), kept, say)
-        quality = _quality(model, text, parts, request, thresholds, kept, say)
+        by_level = _thresholds(model, parts, request, kept, say)
+        thresholds = None if request.level is None else by_level.get(request.level)
+        if request.criterion == "relu-zero":
+            thresholds = np.zeros(len(model.blocks), np.float32)
+        fitted = fit_predictors(model, ids[:min(request.predictor_tokens or 0, ids.size // 3)], request, thresholds,
+                                kept, say)
+        recorder = with_predictors(model, recorder_of(model, request, thresholds), fitted)
+        _record_passes(model, request, recorder, parts.capture.reshape(request.batch, -1), kept, say)
+        quality = measure_quality(model, text, parts, request, by_level, kept, say)
+        perplexities = asked_perplexities(model, request, fitted, parts.evaluation, kept, say)
         arrays = _assemble(request, model, kept)
     say("timing a short decode", 0.0)
     timings, timed = time_decode(model, parts.capture) if parts.capture.size > 1 else ({}, "")
@@ -120,7 +136,11 @@ def capture_from(model: LoadedModel, text: SourceText, *, partial: Path | None =
                                  "union": float(union.mean()), "union_by_layer": union.tolist()}
     if counts is not None:
         statistics["pages_needed"] = _pages_needed(counts)
+    predictors, questions = predictor_rows(model, trace, request, fitted, perplexities, arrays)
+    if questions is not None:
+        arrays["asked"] = questions
     return Trace.with_extras(header.model_copy(update={
+        "predictors": predictors,
         "op_timings_s": timings,
         "host": "; ".join(part for part in (header.host, timed) if part),
         "statistics": statistics,
@@ -150,7 +170,8 @@ def recorder_of(model: LoadedModel, request: Request, thresholds: NDArray[np.flo
                 record.keep_rows("router_logits", index, logits)
                 record.keep_rows("router_weights", index, weights)
 
-            return RouterHooks(model, on_mask=record.keep_mask, on_routing=keep)
+            return RouterHooks(model, on_mask=record.keep_mask, on_routing=keep,
+                               on_guess=lambda index, order: record.keep_rows(GUESSED, index, order))
 
         return Recorder(len(model.experts), model.experts[0].n_experts, routing)
     if request.unit == "kv-block":
@@ -169,16 +190,6 @@ def recorder_of(model: LoadedModel, request: Request, thresholds: NDArray[np.flo
     return _ffn_recorder(model, str(request.criterion), thresholds, request.top_k(model), apply=not request.observe)
 
 
-def sparse_hooks(model: LoadedModel, request: Request, thresholds: NDArray[np.float32] | None
-                 ) -> AbstractContextManager[Any] | None:
-    """Hooks under which the network leaves out what the trace does not record; None where that changes nothing."""
-    if request.unit == "expert" or request.criterion == "relu-zero":
-        return None
-    if request.unit == "kv-block":
-        return PageHooks(model, page_tokens=request.page_tokens or 1, mass=request.mass or 1.0)
-    return FfnHooks(model, str(request.criterion), thresholds=thresholds, top_k=request.top_k(model))
-
-
 def _ffn_recorder(model: LoadedModel, criterion: str, thresholds: NDArray[np.float32] | None, top_k: int | None, *,
                   apply: bool = True) -> Recorder:
     norms = column_norms(model, criterion)
@@ -188,25 +199,25 @@ def _ffn_recorder(model: LoadedModel, criterion: str, thresholds: NDArray[np.flo
 
 
 def _thresholds(model: LoadedModel, parts: TokenParts, request: Request, kept: Partial, say: Progress
-                ) -> NDArray[np.float32] | None:
+                ) -> dict[float, NDArray[np.float32]]:
+    """Those of every level that is measured, of one pass over the calibration text; none where none are fitted."""
     if request.criterion == "relu-zero":
         FfnHooks(model, "relu-zero")  # refuses where there is no ReLU
-        return np.zeros(len(model.blocks), np.float32)
     if not request.fitted:
-        return None
-    noted = kept.noted("thresholds")
+        return {}
+    levels, noted = request.measured_levels, kept.noted("thresholds")
     if noted is None:
-        fitted = fit_thresholds(model, parts.calibration, criterion=str(request.criterion),
-                                sparsity=request.sparsity or 0.0, window=request.passes(model).window, progress=say)
-        noted = {"by_layer": [float(t) for t in fitted]}  # a float32 is exact in JSON
+        fitted = fit_levels(model, parts.calibration, criterion=str(request.criterion), sparsities=levels,
+                            window=request.passes(model).window, progress=say)
+        noted = {"by_level": [[float(t) for t in row] for row in fitted]}  # a float32 is exact in JSON
         kept.note("thresholds", noted)
-    return np.array(noted["by_layer"], np.float32)
+    return {level: np.array(row, np.float32) for level, row in zip(levels, noted["by_level"], strict=True)}
 
 
-def _record_passes(model: LoadedModel, request: Request, thresholds: NDArray[np.float32] | None, ids: Ids,
-                   kept: Partial, say: Progress) -> None:
+def _record_passes(model: LoadedModel, request: Request, recorder: Recorder, ids: Ids, kept: Partial, say: Progress
+                   ) -> None:
     """Run what is not kept yet, pass by pass; ids of shape (sequences, tokens)."""
-    passes, recorder = request.passes(model), recorder_of(model, request, thresholds)
+    passes = request.passes(model)
     history = ids[:, :request.context]
     for index in range(passes.count):
         first, n = passes.span(index)
@@ -224,24 +235,6 @@ def _record_passes(model: LoadedModel, request: Request, thresholds: NDArray[np.
         if request.decode:  # the context of the next pass is what was written last
             history = np.concatenate((history, arrays["tokens"].astype(np.int64)), axis=1)[:, -request.context:]
         say("recording", (first + n) / passes.tokens)
-
-
-def _quality(model: LoadedModel, text: SourceText, parts: TokenParts, request: Request,
-             thresholds: NDArray[np.float32] | None, kept: Partial, say: Progress) -> Quality:
-    noted = kept.noted("quality")
-    if noted is None:
-        window = request.passes(model).window
-        say("measuring perplexity", 0.0)
-        dense, predicted = perplexity(model, parts.evaluation, window=window)
-        sparse, hooks = dense, sparse_hooks(model, request, thresholds)
-        if hooks is not None:
-            say("measuring perplexity", 0.5)
-            with hooks:
-                sparse, _ = perplexity(model, parts.evaluation, window=window)
-        noted = {"dense": dense, "sparse": sparse, "tokens": predicted}
-        kept.note("quality", noted)
-    return Quality(text=f"{text.title}, last third", tokens=noted["tokens"], dense_perplexity=noted["dense"],
-                   sparse_perplexity=noted["sparse"])
 
 
 def _assemble(request: Request, model: LoadedModel, kept: Partial) -> Arrays:
@@ -280,7 +273,8 @@ def _check_size(model: LoadedModel, request: Request) -> None:
         n_layers = model.network.config.get_text_config().num_hidden_layers
         n_units, beside = (request.context + request.tokens) // (request.page_tokens or 1) + 1, 0
     else:
-        n_layers, n_units, beside = len(model.blocks), model.n_units, 0
+        n_layers, n_units = len(model.blocks), model.n_units
+        beside = masks_held(request) * -(-n_units // 8)
     most = (MAX_FILE_BYTES - MAX_METADATA_BYTES) // (n_layers * (-(-n_units // 8) + beside) + 8) // request.batch
     if request.tokens > most:
         raise SpecError(f"found {request.tokens}, but a trace file of this model holds at most {most} of each sequence",

@@ -34,6 +34,9 @@ class RouterHooks:
     on_routing : called with (block, float16 logits of shape (tokens, n_experts) before the top k, float16 weights of
         shape (tokens, k) in ascending order of the expert).
 
+    on_guess : called with (block, uint16 order of shape (tokens, n_experts)) for every block but the first: the
+        experts by the logits that its router gives to the input of the router before, highest first.
+
     Raises
     ------
     SpecError
@@ -41,16 +44,18 @@ class RouterHooks:
     """
 
     def __init__(self, model: LoadedModel, *, on_mask: Callable[[int, NDArray[np.bool_]], None] | None = None,
-                 on_routing: Callable[[int, NDArray[np.float16], NDArray[np.float16]], None] | None = None) -> None:
+                 on_routing: Callable[[int, NDArray[np.float16], NDArray[np.float16]], None] | None = None,
+                 on_guess: Callable[[int, NDArray[np.uint16]], None] | None = None) -> None:
         self._model = model
         self._on_mask = on_mask
         self._on_routing = on_routing
+        self._on_guess = on_guess
         self._logits: torch.Tensor | None = None
         self._handles: list[Any] = []
 
     def __enter__(self) -> Self:
         for index, block in enumerate(self._model.experts):
-            self._handles.append(block.router.register_forward_hook(self._keep_logits))
+            self._handles.append(block.router.register_forward_hook(self._after_router(index)))
             self._handles.append(block.experts.register_forward_pre_hook(self._before_experts(index), with_kwargs=True))
         return self
 
@@ -61,8 +66,18 @@ class RouterHooks:
         self._handles.clear()
         self._logits = None
 
-    def _keep_logits(self, _module: Any, _inputs: Any, output: Any) -> None:
-        self._logits = output[0] if isinstance(output, tuple) else output
+    def _after_router(self, index: int) -> Callable[[Any, tuple[Any, ...], Any], None]:
+        following = index + 1 if self._on_guess is not None and index + 1 < len(self._model.experts) else None
+
+        def hook(_module: Any, inputs: tuple[Any, ...], output: Any) -> None:
+            self._logits = _logits_of(output)
+            if following is not None and self._on_guess is not None:
+                block = self._model.experts[following]
+                guessed = _logits_of(block.router.forward(*inputs)).reshape(-1, block.n_experts)  # without its hooks
+                order = guessed.argsort(dim=-1, descending=True, stable=True)
+                self._on_guess(following, order.cpu().numpy().astype(np.uint16))
+
+        return hook
 
     def _before_experts(self, index: int) -> Callable[[Any, tuple[Any, ...], dict[str, Any]], None]:
         import torch
@@ -87,3 +102,7 @@ class RouterHooks:
                                           for x in (logits.reshape(-1, n_experts), weights.gather(-1, order))))
 
         return hook
+
+
+def _logits_of(output: Any) -> Any:
+    return output[0] if isinstance(output, tuple) else output

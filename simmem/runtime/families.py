@@ -17,7 +17,7 @@ from simmem.errors import SpecError
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["ExpertBlock", "FfnBlock", "find_attention", "find_blocks", "find_experts"]
+__all__ = ["ExpertBlock", "FfnBlock", "find_attention", "find_blocks", "find_experts", "find_layers"]
 
 _KNOWN = ("linear projections to the units and back to the model's width (OPT, Llama, Mistral, Falcon, Phi, Phi-3, "
           "Qwen, Gemma and what is built alike), or experts beside a router (Mixtral, Qwen-MoE, DeepSeek, gpt-oss)")
@@ -71,7 +71,7 @@ def find_blocks(network: Any, name: str) -> tuple[FfnBlock, ...]:
     SpecError
         Unless there is one stack of decoder layers and each has one FFN of a known kind and the same width.
     """
-    layers = _decoder_layers(network, name)
+    layers = find_layers(network, name)
     blocks = [None if _experts_in(layer) else _ffn_in(layer, network, f"{name}, layer {i}")
               for i, layer in enumerate(layers)]
     found = tuple(block for block in blocks if block is not None)
@@ -96,7 +96,7 @@ def find_experts(network: Any, name: str) -> tuple[ExpertBlock, ...]:
         No stack of decoder layers, experts without a router beside them, or layers with different experts.
     """
     found = []
-    for i, layer in enumerate(_decoder_layers(network, name)):
+    for i, layer in enumerate(find_layers(network, name)):
         inside = _experts_in(layer)
         if not inside:
             continue
@@ -123,14 +123,15 @@ def find_attention(network: Any, name: str) -> tuple[torch.nn.Module, ...]:
     SpecError
         A layer has none, as in a state-space model.
     """
-    found = [_attention_in(layer) for layer in _decoder_layers(network, name)]
+    found = [_attention_in(layer) for layer in find_layers(network, name)]
     missing = [i for i, module in enumerate(found) if module is None]
     if missing:
         raise SpecError(f"has no attention in layers {_some(missing)}, so no KV pages there", file=name)
     return tuple(module for module in found if module is not None)
 
 
-def _decoder_layers(network: Any, name: str) -> list[Any]:
+def find_layers(network: Any, name: str) -> list[Any]:
+    """The decoder layers in order. Raises SpecError unless there is one stack of them."""
     import torch
 
     n_layers = getattr(network.config.get_text_config(), "num_hidden_layers", None)

@@ -29,7 +29,8 @@ Arrays = dict[str, NDArray[Any]]
 
 _SCHEMA = "simmem.capture/1"
 _MANIFEST = "manifest.json"
-_OWN_FILES = re.compile(r"\.?(manifest\.json|note-[a-z]+\.json|chunk-\d{6,}\.safetensors)(\.tmp)?")
+_OWN_FILES = re.compile(
+    r"\.?(manifest\.json|note-[a-z0-9-]+\.json|(arrays-[a-z0-9-]+|chunk-\d{6,})\.safetensors)(\.tmp)?")
 _MAX_NOTE_BYTES = 16 << 20
 
 
@@ -71,7 +72,7 @@ class Partial:
         if foreign:
             raise SpecError(f"holds {foreign[0]!r}, which is not of a capture; nothing there is touched",
                             file=str(folder))
-        begun = any(name.startswith(("note-", "chunk-")) for name in names)
+        begun = any(name.startswith(("note-", "arrays-", "chunk-")) for name in names)
         found = self._read_json(_MANIFEST) if begun else None
         if found is None:
             self._write(_MANIFEST, json.dumps(document, indent=2, sort_keys=True).encode())
@@ -101,17 +102,31 @@ class Partial:
 
     def save_chunk(self, index: int, arrays: Arrays) -> None:
         """Keep what pass `index` recorded."""
-        from safetensors.numpy import save
-
-        tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
-        self._write(_chunk(index), save(tensors, metadata={
-            "request": self._request, "index": str(index), "digests": json.dumps(_digests(tensors), sort_keys=True)}))
+        self._save(_chunk(index), str(index), arrays)
 
     def load_chunk(self, index: int) -> Arrays | None:
         """What `save_chunk` kept; None where it is missing, damaged or of another request."""
+        return self._load(_chunk(index), str(index))
+
+    def save_arrays(self, name: str, arrays: Arrays) -> None:
+        """Keep a larger result under a name."""
+        self._save(f"arrays-{name}.safetensors", name, arrays)
+
+    def load_arrays(self, name: str) -> Arrays | None:
+        """What `save_arrays` kept; None where it is missing, damaged or of another request."""
+        return self._load(f"arrays-{name}.safetensors", name)
+
+    def _save(self, file: str, index: str, arrays: Arrays) -> None:
+        from safetensors.numpy import save
+
+        tensors = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+        self._write(file, save(tensors, metadata={
+            "request": self._request, "index": index, "digests": json.dumps(_digests(tensors), sort_keys=True)}))
+
+    def _load(self, name: str, index: str) -> Arrays | None:
         from safetensors import SafetensorError, safe_open
 
-        path = self.folder / _chunk(index)
+        path = self.folder / name
         if not path.is_file():
             return None
         try:
@@ -120,7 +135,7 @@ class Partial:
                 arrays = {name: np.asarray(file.get_tensor(name)) for name in file.keys()}  # noqa: SIM118  it is no dict
         except (OSError, SafetensorError, ValueError):
             return None
-        ours = (self._request, str(index), json.dumps(_digests(arrays), sort_keys=True))
+        ours = (self._request, index, json.dumps(_digests(arrays), sort_keys=True))
         return arrays if (said.get("request"), said.get("index"), said.get("digests")) == ours else None
 
     def _digest(self, text: str) -> str:

@@ -23,9 +23,15 @@ __all__ = ["MAX_TEXT_BYTES", "SourceText", "TokenParts", "default_text_path", "r
 MAX_TEXT_BYTES = 4 << 20
 """A longer text is cut here: captures use a few thousand tokens of each third. [B]"""
 
-_DEFAULT_SHA256 = "19e6d10cdd36f1955d5c0ea959650f3663d9ab35adab7f221f1cbe34f5ce5f59"
-_DEFAULT_TITLE = "Jane Austen, Persuasion (1818), volume one"
-_DEFAULT_LICENCE = "public domain"
+_SHIPPED = {
+    "19e6d10cdd36f1955d5c0ea959650f3663d9ab35adab7f221f1cbe34f5ce5f59":
+        ("Jane Austen, Persuasion (1818), volume one", "public domain"),
+    "c8ffc5632acbc120256ce94032a698d55ce23e06b2af57b450e1663e354b91e6":
+        ("Python 3.11 reference, six topics", "PSF-2.0"),
+    "15afef278c24ae891bddff15d483f18c0637d6e50e977ee12e8578fa2e80dd25":
+        ("King James Bible, Acts of the Apostles", "public domain (in the United Kingdom, Crown patent)"),
+}
+"""SHA-256 of a text that simmem ships -> what it is and under which licence (workloads/text/README.md)."""
 
 
 @dataclass(frozen=True)
@@ -77,8 +83,8 @@ def read_text(path: Path) -> SourceText:
     if not content.strip():
         raise SpecError("holds no text", file=str(path))
     sha256 = hashlib.sha256(data).hexdigest()
-    if sha256 == _DEFAULT_SHA256:
-        return SourceText(content, _DEFAULT_TITLE, _DEFAULT_LICENCE)
+    if sha256 in _SHIPPED:
+        return SourceText(content, *_SHIPPED[sha256])
     name = "".join(c if c.isprintable() else "?" for c in path.name)  # it is shown wherever the trace is
     return SourceText(content, f"{name} (SHA-256 {sha256[:16]}{'' if whole else ', cut'})", None)
 

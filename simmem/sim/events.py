@@ -35,7 +35,7 @@ class Contention:
     """What the ops share.
 
     capacity_bytes_per_s : resource → what all its users together get. [B/s]
-    interference : (victim agent, aggressor agent, resource) → share of its speed the victim keeps.
+    interference : (victim, aggressor, resource), each an agent or a link, → share of its speed the victim keeps.
     background : resource → share of it that other programs take, in [0, 1).
     queue_limit : stream → how many of its ops may be unfinished at once.
     """
@@ -216,7 +216,7 @@ class _Fluid:
         self.changed = False
         """Flows began or ended at this instant, so that speeds are to settle before time moves on."""
         self.occupancy = occupancy
-        self.agent = [c.agent for c in schedule.classes]
+        self.agent = [c.agent or c.link for c in schedule.classes]
         self.available = {r: contention.available(r) for r in contention.capacity_bytes_per_s}
         self.draw: list[dict[str, float]] = [{} for _ in occupancy]
         for resource, amount in schedule.bytes.items():

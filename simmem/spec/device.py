@@ -32,6 +32,7 @@ from simmem.spec.base import (
     validate,
     weakest,
 )
+from simmem.spec.costmodel import FittedCost, load_cost_model
 from simmem.spec.precision import COMPUTE_FALLBACK
 
 if TYPE_CHECKING:
@@ -154,6 +155,8 @@ class Device(Frozen):
     notes: tuple[str, ...] = ()
     compare_with: str | None = None
     """Another account of the same machine, by name or path; its sheet shows the two side by side."""
+    cost_model: FittedCost | None = None
+    """In the file: the name of a fitted cost model, relative to it."""
 
     @model_validator(mode="after")
     def _graph_is_whole(self) -> Device:
@@ -267,7 +270,11 @@ class Device(Frozen):
             update = {k: v for k in ("rate_share", "flop_share", "op_overhead", "step_overhead", "compute_precision")
                       if (v := getattr(engine, k)) is not None}
             changed[engine.agent] = changed[engine.agent].model_copy(update=update)
-        return self.model_copy(update={"agent": changed})
+        # Kernels of another stack: what was fitted to an agent as it was measured is not about it.
+        model = self.cost_model
+        kept = tuple(g for g in model.groups if changed.get(g.agent) is self.agent.get(g.agent)) if model else ()
+        return self.model_copy(update={"agent": changed, "cost_model": model and (
+            model.model_copy(update={"groups": kept}) if kept else None)})
 
 
 def _collect(prefix: str, part: Frozen, found: dict[str, Figure]) -> None:
@@ -280,4 +287,24 @@ def _collect(prefix: str, part: Frozen, found: dict[str, Figure]) -> None:
 def load_device(name: str, *, relative_to: Path | None = None) -> Device:
     """A built-in device by name or alias, or the device in a TOML file."""
     path = library.resolve("device", name, relative_to=relative_to)
-    return validate(Device, load_toml(path), file=str(path))
+    data = load_toml(path)
+    named = data.get("cost_model")
+    if isinstance(named, str):
+        data["cost_model"] = _cost_model(path, named)
+    device = validate(Device, data, file=str(path))
+    for group in device.cost_model.groups if device.cost_model else ():
+        if group.agent not in device.agent:
+            raise SpecError(f"holds a cost model of the agent {group.agent!r}, which this device has not",
+                            file=str(path), key="cost_model")
+    return device
+
+
+def _cost_model(device_file: Path, named: str) -> FittedCost:
+    """The fitted cost model beside a device file: a plain name, so that a file from others cannot point elsewhere."""
+    if Path(named).name != named or not named.endswith(".json"):
+        raise SpecError(f"found {named!r}, expected the name of a .json file in the same folder",
+                        file=str(device_file), key="cost_model")
+    beside = device_file.parent / named
+    if not beside.exists():
+        raise SpecError(f"there is no {named!r} beside it", file=str(device_file), key="cost_model")
+    return load_cost_model(beside)

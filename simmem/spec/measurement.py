@@ -6,13 +6,21 @@ noise floors, device figures and fitted cost models are derived from it and can 
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
-from simmem.spec.base import Frozen
+from simmem.errors import SpecError
+from simmem.spec.base import Frozen, validate
 
-__all__ = ["Condition", "Measurement", "Measurements"]
+__all__ = ["CALIBRATED", "Condition", "Measurement", "Measurements", "load_measurements"]
+
+CALIBRATED = "simmem calibrate"
+"""How the source of a figure begins that was measured on the machine itself by this program."""
+
+MAX_FILE_BYTES = 64 << 20
 
 Condition = bool | int | float | str
 
@@ -34,6 +42,8 @@ class Measurement(Frozen):
     """How long each sample took. [s]"""
     at_s: tuple[float, ...] = ()
     """When each was begun, since the start of the run: what drifts can be seen to drift. [s]"""
+    runs: tuple[int, ...] = ()
+    """How many samples each visit took, in order; empty: each sample is one. Between visits other probes ran."""
     refused: str | None = None
     """Why no figure may rest on it: a page-cache hit, two modes, a clock too coarse."""
 
@@ -53,3 +63,21 @@ class Measurements(Frozen):
     points: tuple[Measurement, ...]
     bytes_written: float = Field(default=0.0, ge=0)
     """What the run wrote to storage in all. [B]"""
+
+
+def load_measurements(path: Path) -> Measurements:
+    """Read a file of measurements of at most 64 MiB; every failure is one clear `SpecError`."""
+    try:
+        if not path.is_file():
+            raise SpecError("is not a file" if path.exists() else "no such file of measurements", file=str(path))
+        with path.open("rb") as stream:
+            raw = stream.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise SpecError(f"cannot be read: {error.strerror or error}", file=str(path)) from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise SpecError(f"is longer than the {MAX_FILE_BYTES} bytes that measurements may take", file=str(path))
+    try:
+        data = json.loads(raw)
+    except (ValueError, RecursionError):
+        raise SpecError("is not JSON", file=str(path)) from None
+    return validate(Measurements, data, file=str(path))

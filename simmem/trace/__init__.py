@@ -16,6 +16,7 @@ from simmem.trace.synthetic import SyntheticSpec, generate, load_synthetic
 from simmem.trace.trace import Quality, Trace, TraceHeader, digest_of
 
 __all__ = [
+    "SAME_SHARE",
     "Quality",
     "SyntheticSpec",
     "Trace",
@@ -37,6 +38,10 @@ __all__ = [
     "window_curve",
     "window_table",
 ]
+
+
+SAME_SHARE = 0.02
+"""Active shares that differ by no more are of one level on different texts."""
 
 
 def open_trace(name_or_path: str | None, model: Model, *, batch: int = 1, n_tokens: int | None = None,
@@ -76,7 +81,7 @@ def open_trace(name_or_path: str | None, model: Model, *, batch: int = 1, n_toke
     trace.check_model(model)
     trace = trace.batched(batch)
     if n_tokens is not None and n_tokens < trace.header.n_tokens:
-        trace = Trace(trace.header.model_copy(update={"n_tokens": n_tokens}), trace.active[:n_tokens])
+        trace = trace.first(n_tokens)
     return trace
 
 
@@ -101,7 +106,11 @@ def default_trace_file(model: Model) -> Path | None:
 
 
 def sparsest_trace_within(model: Model, perplexity_ratio: float) -> str | None:
-    """Name of the built-in captured trace of a model that drops most while it costs no more than this ratio."""
+    """Name of the built-in captured trace of a model that drops most while it costs no more than this ratio.
+
+    Texts differ by a point or two at one level, which is no reason to prefer one: of those as sparse as the sparsest to
+    `SAME_SHARE`, the first by name.
+    """
     found: list[tuple[float, str]] = []
     for name in library.names("trace") if _is_built_in(model) else ():
         path = library.resolve("trace", name)
@@ -112,7 +121,7 @@ def sparsest_trace_within(model: Model, perplexity_ratio: float) -> str | None:
         if header.model == model.name and header.quality is not None and share is not None \
                 and header.quality.perplexity_ratio <= perplexity_ratio:
             found.append((float(share), name))
-    return min(found)[1] if found else None
+    return next((name for share, name in found if share <= min(found)[0] + SAME_SHARE), None)  # in order of the names
 
 
 def _is_built_in(model: Model) -> bool:

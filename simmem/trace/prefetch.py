@@ -3,7 +3,8 @@
 Three simple ones, to see what a better one could win: what the token before used in this layer; what the layer used
 most often so far, as many units as the token before used; and one of which only the quality is stated, that finds each
 unit used with the probability `recall`, and adds units not used so that a share of `precision` of what it asks for is
-used on average.
+used on average. And those that looked at the network when the trace was captured, of which it holds what they asked
+for; where one was asked at several distances, that is the farthest, as reading ahead takes time.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ _SEED = 0
 
 
 Simple = Literal["previous-token", "frequent"]
-_SIMPLE: tuple[Simple, ...] = ("previous-token", "frequent")
+Held = Literal["gate", "low-rank", "next-layer"]
+_NAMED: tuple[Simple | Held, ...] = ("previous-token", "frequent", "gate", "low-rank", "next-layer")
 
 
 class Quality(NamedTuple):
@@ -34,21 +36,21 @@ class Quality(NamedTuple):
     precision: float
 
 
-Predictor = Simple | Quality
+Predictor = Simple | Held | Quality
 
 
 def parse_predictor(text: str) -> Predictor:
-    """`previous-token`, `frequent` or `RECALL:PRECISION`, two shares above 0 and up to 1. Raises SpecError."""
-    for simple in _SIMPLE:
-        if text == simple:
-            return simple
+    """One by name, or `RECALL:PRECISION`, two shares above 0 and up to 1. Raises SpecError."""
+    for name in _NAMED:
+        if text == name:
+            return name
     recall, colon, precision = text.partition(":")
     try:
         found = Quality(float(recall), float(precision)) if colon else None
     except ValueError:
         found = None
     if found is None or not all(0 < share <= 1 for share in found):
-        raise SpecError(f"found {text!r}, expected previous-token, frequent, or RECALL:PRECISION with shares above 0 "
+        raise SpecError(f"found {text!r}, expected {', '.join(_NAMED)}, or RECALL:PRECISION with shares above 0 "
                         "and up to 1, e.g. 0.9:0.6", key="--prefetch")
     return found
 
@@ -56,11 +58,15 @@ def parse_predictor(text: str) -> Predictor:
 def predicted_units(trace: Trace, predictor: Predictor) -> Words:
     """(T, L, W) units a predictor asks for before each token's layers.
 
-    Before the first token only a `Quality` asks for any; its draws are the same on every call.
+    Before the first token the two simple ones ask for none. The draws of a `Quality` are the same on every call.
+
+    Raises TraceError where the trace does not hold what a predictor asked for.
     """
     words = words_of(trace.active)
     if isinstance(predictor, Quality):
         return _drawn(trace, predictor)
+    if predictor not in ("previous-token", "frequent"):
+        return words_of(trace.asked_by(predictor)[1])
     before = np.zeros_like(words)
     before[1:] = words[:-1]
     if predictor == "previous-token":

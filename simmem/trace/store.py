@@ -150,6 +150,7 @@ def _check_extra(header: TraceHeader, name: str, path: Path) -> None:
         "router_weights": extra.dtype == "F16" and extra.shape == (tokens, layers, last) and last <= units,
         "prefill": extra.dtype == "U8" and extra.shape == (first, layers, -(-units // 8)) and first <= tokens,
         "tokens": extra.dtype == "I32" and extra.shape == (tokens,),
+        "asked": extra.dtype == "U8" and extra.shape[1:] == (tokens, layers, -(-units // 8)),
     }
     if not fits[name]:
         raise _bad(path, f"describes {name} as {extra.dtype} {extra.shape}, which does not go with {tokens} tokens, "
@@ -190,6 +191,8 @@ def _parse_header(metadata: dict[str, object], path: Path) -> TraceHeader:
         raise _bad(path, f"has a header that is not a trace's: {error.message}", key=error.key) from None
     for key, value in header:
         said = _texts(value.model_dump()) if key in ("imported", "captured") and value is not None else [value]
+        if key == "predictors":
+            said = [text for one in value for text in (one.asks, one.quality and one.quality.text)]
         if any(isinstance(one, str) and not one.isprintable() for one in said):  # it would reach the terminal
             raise _bad(path, "holds characters that cannot be printed", key=key)
     return header

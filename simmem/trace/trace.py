@@ -8,7 +8,7 @@ bits, least significant bit first: bit u % 8 of byte u // 8 is unit u.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
@@ -20,11 +20,22 @@ from simmem.errors import TraceError
 from simmem.spec.base import Frozen
 from simmem.spec.model import Model
 
-__all__ = ["EXTRA_TENSORS", "Captured", "ExtraTensor", "Imported", "Quality", "TensorType", "Trace", "TraceHeader",
-           "Unit", "digest_of"]
+__all__ = ["EXTRA_TENSORS", "Captured", "ExtraTensor", "Imported", "Predictor", "Quality", "QualityPoint", "TensorType",
+           "Trace", "TraceHeader", "Unit", "digest_of"]
 
 Unit = Literal["ffn-neuron", "expert", "kv-block"]
 TensorType = Literal["F16", "U8", "I32"]
+Share = Annotated[float, Field(ge=0, le=1)]
+
+
+class QualityPoint(Frozen):
+    """The same criterion at one level: what it leaves out of the evaluation text, and the perplexity then."""
+
+    level: float = Field(gt=0, le=1)
+    """What was asked for: the share of the units to leave out, or of the attention mass to keep."""
+    sparsity: float = Field(ge=0, le=1)
+    """Share of the units (of the pages in sight) that was left out, mean over tokens and layers."""
+    perplexity: float = Field(gt=0)
 
 
 class Quality(Frozen):
@@ -34,10 +45,59 @@ class Quality(Frozen):
     tokens: PositiveInt
     dense_perplexity: float = Field(gt=0)
     sparse_perplexity: float = Field(gt=0)
+    levels: tuple[QualityPoint, ...] = Field(default=(), max_length=64)
+    """The same text at several levels of the same criterion, the trace's own among them; empty: not measured."""
 
     @property
     def perplexity_ratio(self) -> float:
         return self.sparse_perplexity / self.dense_perplexity
+
+    @property
+    def curve(self) -> tuple[tuple[float, float], ...]:
+        """(sparsity, sparse over dense perplexity) of every level, in ascending order of the sparsity."""
+        return tuple(sorted((point.sparsity, point.perplexity / self.dense_perplexity) for point in self.levels))
+
+
+class Predictor(Frozen):
+    """Something that says which units will be needed before they are read, and how well it did on a trace.
+
+    Units asked for in vain are read and computed like the others; needed units that it misses are left out.
+    """
+
+    name: Literal["previous-token", "frequency", "gate", "low-rank", "next-layer"]
+    asks: str = Field(max_length=200)
+    """How many units it asks for."""
+    layers_ahead: int | None = Field(default=None, ge=0, le=8)
+    """It is asked when the FFN input of this many layers before is known; None: before the token begins."""
+    rank: PositiveInt | None = None
+    target_recall: Share | None = None
+    """Its threshold was chosen for this recall, on text that it is not judged on."""
+    fitted_tokens: int = Field(default=0, ge=0)
+    """Tokens that it was fitted on, those for the threshold included."""
+    judged_tokens: PositiveInt
+    """Tokens of the trace that the following figures are of."""
+    recall: Share
+    """Needed units that it asked for, of all needed ones."""
+    precision: Share
+    """Needed units that it asked for, of all it asked for."""
+    recall_by_layer: tuple[Share | None, ...]
+    """None where nothing was needed, or where it could not be asked (a first layer)."""
+    precision_by_layer: tuple[Share | None, ...]
+    asked_share: Share
+    """Units that it asked for, of all."""
+    unit_bytes: float = Field(gt=0)
+    """What is read for one unit that it asks for, at the trace's `unit_precision`. [B]"""
+    wasted_bytes_per_token: float = Field(ge=0)
+    """Units asked for in vain, nothing being cached. [B]"""
+    params: int = Field(default=0, ge=0)
+    """Its own parameters, which stay in memory."""
+    params_share: Share = 0.0
+    """The same as a share of the model's."""
+    flop_per_token: float = Field(default=0.0, ge=0)
+    quality: Quality | None = None
+    """The network that computes exactly the units asked for."""
+    held: bool = False
+    """The trace holds what it asked for, in the tensor `asked`."""
 
 
 class Imported(Frozen):
@@ -93,12 +153,14 @@ class ExtraTensor(Frozen):
 
 
 EXTRA_TENSORS: dict[str, TensorType] = {"router_logits": "F16", "router_weights": "F16", "prefill": "U8",
-                                        "tokens": "I32"}
+                                        "tokens": "I32", "asked": "U8"}
 """Name of an extra tensor -> its type.
 
 router_logits (n_tokens, n_layers, n_units): of every expert, before the top k. router_weights (n_tokens, n_layers,
 k): of the k experts a token uses, in ascending order of the expert. prefill (prompts, n_layers, ceil(n_units / 8)):
-packed bits of the units that each whole prompt touched. tokens (n_tokens,): what a model wrote that was decoded.
+packed bits of the units that each whole prompt touched. tokens (n_tokens,): what a model
+wrote that was decoded. asked (predictors, n_tokens, n_layers, ceil(n_units / 8)): packed bits of the units that each
+predictor of the header asked for that is `held`, in that order.
 """
 
 
@@ -125,6 +187,8 @@ class TraceHeader(Frozen):
     predictor_params_share: float = Field(default=0.0, ge=0.0, le=1.0)
     """Parameters of that predictor as a share of the model's."""
     quality: Quality | None = None
+    predictors: tuple[Predictor, ...] = Field(default=(), max_length=64)
+    """How well each of several ways could have known these units."""
     text: str
     text_licence: str | None = None
     imported: Imported | None = None
@@ -157,16 +221,21 @@ class Trace:
     header: TraceHeader
     active: NDArray[np.uint8]
     extras: Mapping[str, NDArray[Any]] = field(default_factory=dict)
-    """Tensors beside the activity, by the names in `EXTRA_TENSORS`; a part or a union of a trace has none."""
+    """Tensors beside the activity, by the names in `EXTRA_TENSORS`; of them a part or a union keeps `asked` alone."""
 
     def __post_init__(self) -> None:
         h = self.header
         expected = (h.n_tokens, h.n_layers, -(-h.n_units // 8))
+        asked, held = self.extras.get("asked"), sum(predictor.held for predictor in h.predictors)
+        if held != (0 if asked is None else asked.shape[0]) or (held and asked is not None
+                                                                and asked.shape[1:] != expected):
+            raise TraceError(f"holds what {0 if asked is None else asked.shape[0]} predictors asked for, its header "
+                             f"promises {held} of {expected}", key=h.name)
         if self.active.dtype != np.uint8 or self.active.shape != expected:
             raise TraceError(f"holds an array of {self.active.dtype} {self.active.shape}, its header "
                              f"promises uint8 {expected}", key=h.name)
         spare = expected[2] * 8 - h.n_units
-        if spare and np.any(self.active[:, :, -1] >> (8 - spare)):
+        if spare and any(np.any(bits[..., -1] >> (8 - spare)) for bits in (self.active, asked) if bits is not None):
             raise TraceError(f"marks units past its {h.n_units} as active", key=h.name)
 
     @classmethod
@@ -207,10 +276,54 @@ class Trace:
         if steps < min_tokens:
             raise TraceError(f"has {self.header.n_tokens} tokens, too few for batch {batch}: at least "
                              f"{batch * min_tokens} are needed", key=self.header.name)
-        stretches = self.active[: steps * batch].reshape(batch, steps, *self.active.shape[1:])
-        union = np.bitwise_or.reduce(stretches, axis=0)
-        header = self.header.model_copy(update={"n_tokens": steps, "tensors": {}})
-        return Trace(header, union)
+
+        def union(bits: NDArray[np.uint8]) -> NDArray[np.uint8]:  # tokens are the third axis from the end
+            cut = bits[..., : steps * batch, :, :]
+            stretches = cut.reshape(*cut.shape[:-3], batch, steps, *cut.shape[-2:])
+            joined: NDArray[np.uint8] = np.bitwise_or.reduce(stretches, axis=-4)
+            return joined
+
+        return self._derived(steps, union)
+
+    def first(self, n_tokens: int) -> Trace:
+        """The first tokens of the trace."""
+        return self._derived(n_tokens, lambda bits: bits[..., :n_tokens, :, :])
+
+    def _derived(self, n_tokens: int, change: Callable[[NDArray[np.uint8]], NDArray[np.uint8]]) -> Trace:
+        """The activity, and what was asked for, changed alike along the tokens."""
+        header = self.header.model_copy(update={"n_tokens": n_tokens, "tensors": {}})
+        return Trace(header, change(self.active),
+                     {name: change(bits) for name, bits in self.extras.items() if name == "asked"})
+
+    def asked_by(self, name: str, layers_ahead: int | None = None) -> tuple[Predictor, NDArray[np.uint8]]:
+        """A predictor whose questions the trace holds, and the packed bits of what it asked for.
+
+        layers_ahead : that many, or the most below it that were recorded; the most of all when None.
+
+        Raises
+        ------
+        TraceError
+            The trace holds nothing that such a predictor asked for.
+        """
+        held = [predictor for predictor in self.header.predictors if predictor.held]
+        found = [(p.layers_ahead or 0, i) for i, p in enumerate(held)
+                 if p.name == name and (layers_ahead is None or (p.layers_ahead or 0) <= layers_ahead)]
+        if not found:
+            known = ", ".join(dict.fromkeys(p.name for p in held)) or "none"
+            raise TraceError(f"does not hold what a {name} predictor asks for (held: {known}); `simmem capture "
+                             f"--predictor` records it", key=self.header.name)
+        index = max(found)[1]
+        return held[index], self.extras["asked"][index]
+
+    def asking(self, name: Literal["low-rank", "gate"], layers_ahead: int = 0) -> Trace:
+        """The trace of what one of its predictors asked for: its units, their bytes, its costs and its quality.
+
+        Raises TraceError as `asked_by` does.
+        """
+        predictor, asked = self.asked_by(name, layers_ahead)
+        return Trace(self.header.model_copy(update={
+            "records": "predicted", "predictor": name, "predictor_params_share": predictor.params_share,
+            "unit_bytes": predictor.unit_bytes, "quality": predictor.quality, "predictors": (), "tensors": {}}), asked)
 
 
 def digest_of(active: NDArray[Any]) -> str:

@@ -341,9 +341,14 @@ def test_readers_and_prefetch_without_reads_change_nothing(context: Context, dat
 @MANY
 @given(contexts(), st.data())
 def test_more_resident_is_never_slower(context: Context, data: st.DataObject) -> None:
-    """And never by a step: the last byte that becomes resident saves next to nothing."""
+    """And never by a step: the last byte that becomes resident saves next to nothing.
+
+    Where a step is no whole number of rounds of the buffers, stages end in bunches and the step that is timed may hold
+    one more end of a bunch than another: a law of the mean step, not of one.
+    """
     policy = policies()["stream"]
     block = data.draw(policy_blocks(policy, context, 1))
+    assume((context.model.architecture.n_layers + 1) % (int(block.structural["prefetch_layers"]) + 1) == 0)
     ratio = np.linspace(0, 1, 97)
     many = Block(block.structural, {"resident_ratio": ratio,
                                     "reader_threads": np.repeat(block.columns["reader_threads"], len(ratio))})

@@ -190,13 +190,14 @@ def test_a_damaged_chunk_is_recorded_again(model: LoadedModel, tmp_path: Path, w
     digit = note.read_text(encoding="utf-8").rindex("1")
     note.write_text(note.read_text(encoding="utf-8")[:digit] + "2" + note.read_text(encoding="utf-8")[digit + 1:],
                     encoding="utf-8")
-    (folder / "note-quality.json").write_bytes(b"\xff{")
+    (folder / "note-quality-2.json").write_bytes(b"\xff{")
     assert capture_from(model, PROSE, partial=folder, resume=True, **ASKED).header.digest == whole
 
 
 @pytest.mark.parametrize(("change", "says"), [
     ({"tokens": 56}, "tokens was 48, now 56"), ({"criterion": "gate"}, "criterion was 'wina', now 'gate'"),
-    ({"sparsity": 0.7}, "sparsity was 0.5, now 0.7"), ({"context": 48}, "context was 56, now 48")])
+    ({"sparsity": 0.7}, "sparsity was 0.5, now 0.7"), ({"context": 48}, "context was 56, now 48"),
+    ({"levels": (0.2,)}, r"levels was \[0\.3, .*\], now \[0\.2\]")])
 def test_another_request_is_not_gone_on_with(model: LoadedModel, tmp_path: Path, change: dict[str, Any],
                                              says: str) -> None:
     folder = tmp_path / "t.partial"

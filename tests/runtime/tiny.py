@@ -67,7 +67,7 @@ def make(family: str, *, seed: int = 7, **changes: Any) -> LoadedModel:
     prefix, shape = (DENSE.get(family) or MIXTURES[family])[:2]
     config_class = getattr(transformers, "Gemma3TextConfig" if prefix == "Gemma3" else f"{prefix}Config")
     torch.manual_seed(seed)
-    network = getattr(transformers, f"{prefix}ForCausalLM")(config_class(**shape, **changes)).eval()
+    network = getattr(transformers, f"{prefix}ForCausalLM")(config_class(**{**shape, **changes})).eval()
     for name, parameter in network.named_parameters():  # some families initialise these to zero whatever one asks
         if parameter.dim() > 1 and float(parameter.detach().abs().max()) == 0.0:
             torch.nn.init.normal_(parameter, std=0.3)

@@ -9,7 +9,7 @@ from simmem.spec import library, load_model
 from simmem.trace import default_trace_file
 from simmem.trace.curves import replay_document
 from simmem.trace.statistics import trace_statistics
-from simmem.trace.store import load_trace_file
+from simmem.trace.store import load_trace_file, read_header
 
 # 1024 tokens of free-running, KV-cached decode of SmolLM2-135M on other prompts, counted by another program:
 # share of the units in the union of the last 1, 2, 5, 10 tokens, and new units per active one after as many.
@@ -40,7 +40,7 @@ def test_header_figures_are_those_of_the_bits(name: str) -> None:
 
 
 @pytest.mark.parametrize(("name", "rows", "oracle"), [
-    ("smollm2-135m-wina-50", 3, True), ("smollm2-135m-wina-70", 3, True),
+    ("smollm2-135m-wina-50", 3, True), ("smollm2-135m-wina-70-kjv", 3, True),
     ("relu-decoder-4m-relu-zero", 1, False),  # up has been read whole by then, and tells which rows of down are needed
 ])
 def test_a_unit_is_what_was_left_to_read(name: str, rows: int, oracle: bool) -> None:
@@ -56,6 +56,23 @@ def test_the_router_of_the_small_mixture_chose_two_experts() -> None:
     assert (trace.active_counts == 2).all()
     assert trace.header.unit_bytes == 2 * model.expert_params
     assert default_trace_file(model) is None, "no policy plans with experts yet"
+
+
+@pytest.mark.parametrize("suffix", ["", "-kjv", "-python"])
+@pytest.mark.parametrize("percent", [50, 70])
+def test_the_curve_that_ships_is_of_the_text_that_ships(percent: int, suffix: str) -> None:
+    header = read_header(library.resolve("trace", f"smollm2-135m-wina-{percent}{suffix}"))
+    assert header.captured is not None and not header.captured.applied and header.text_licence is not None
+    quality = header.quality
+    assert quality is not None and [p.level for p in quality.levels] == [0.3, 0.5, 0.7, 0.8, 0.9]
+    assert all(abs(point.sparsity - point.level) < 0.04 for point in quality.levels)
+    assert next(p.perplexity for p in quality.levels if p.level == percent / 100) == quality.sparse_perplexity
+    other = read_header(library.resolve("trace", f"smollm2-135m-wina-{120 - percent}{suffix}")).quality
+    assert other is not None and other.levels == quality.levels, "one curve for a text, whatever was captured"
+
+
+def test_shipped_traces_stay_small() -> None:
+    assert sum(library.resolve("trace", name).stat().st_size for name in CAPTURED) < 20e6
 
 
 @pytest.mark.parametrize("percent", [50, 70])

@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 from simmem.policy.base import Block, Knob, KnobValue, Placement, register
 from simmem.policy.context import Context
 from simmem.policy.families._dense import agent_knob, depths
+from simmem.policy.families._predicted import as_known, predictor_knobs, said_of_predictor, unmeasured
 from simmem.policy.layers import Demands, UnitDemands, decode_schedule, prefill_schedule
 from simmem.schedule import Schedule
 from simmem.trace.replay import shrink_to_capacity
@@ -65,15 +66,9 @@ class FlashWindow:
     def knobs(self, context: Context) -> tuple[Knob, ...]:
         if context.trace is None:
             return ()
-        own = context.trace.header.predictor
-        # Without a predictor everything is read, which `stream` does sequentially: allowed, never best.
-        dense: tuple[KnobValue, ...] = ("none",) if own != "none" else ()
         return (
             agent_knob(context),
-            # Asking a predictor early costs recall that nobody measured: it may be set, but is not searched.
-            Knob("prefetch_layers", "structural", (0,), "layers the predictor looks ahead", default=0, low=0, high=8),
-            Knob("predictor", "structural", (own,), "how units are known before they are read", default=own,
-                 unsearched=dense),
+            *predictor_knobs(context),
             Knob("bundled", "demand", (True, False), "rows and columns of a neuron stored side by side", default=True),
             Knob("coalesce", "demand", (False, True), "merge reads whose gap costs less than a request",
                  default=False),
@@ -84,6 +79,10 @@ class FlashWindow:
             Knob("reader_threads", "demand", depths(context), "reads in flight", default=32, low=1, high=1024),
         )
 
+    def unmeasured(self, context: Context, structural: Mapping[str, KnobValue], fixed: Mapping[str, object]) -> bool:
+        """Whether nobody measured what a combination costs; it may be set, but is not searched."""
+        return "prefetch_layers" not in fixed and unmeasured(context, structural)
+
     def refine(self, context: Context, block: Block, fixed: Mapping[str, object]) -> Block:
         """Add, for every window, the largest share of attention that leaves room for all of it.
 
@@ -91,6 +90,7 @@ class FlashWindow:
         """
         if "attention_resident" in fixed or block.structural["predictor"] == "none":
             return block
+        context = as_known(context, block)
         # The other knobs once each, at the first share of the grid: the share is about to be replaced.
         one = block.only(np.flatnonzero(block.columns["attention_resident"] == block.columns["attention_resident"][0]))
         fast = context.memory_of(str(block.structural["agent"]))
@@ -241,7 +241,18 @@ class FlashWindow:
         state = state.reshape(-1)
         return _Cache(np.array(new), np.array(held), np.array(used), state, np.array(kept)[state])
 
+    def cache_units(self, context: Context, block: Block) -> Array:
+        """Units that the cache of each layer has room for, for a block of one candidate, (n_layers,)."""
+        context = as_known(context, block)
+        window = int(block.columns["window_tokens"][0])
+        peaks = context.table.held_units[:, :, window].max(axis=0) * float(window > 0)
+        wanted = float(peaks.sum() * context.unit_bytes)
+        fast = context.memory_of(str(block.structural["agent"]))
+        room = float((context.budget_bytes[fast] - self._fixed(context, block) - self._staging(context, block))[0])
+        return np.asarray(np.floor(peaks * (min(max(room, 0.0), wanted) / max(wanted, 1.0))))
+
     def footprint(self, context: Context, block: Block) -> dict[str, Array]:
+        context = as_known(context, block)
         fast = context.memory_of(str(block.structural["agent"]))
         rows_bytes = self._cache(context, block).rows_bytes
         stored = np.full(block.n_candidates, context.total_bytes)
@@ -318,9 +329,11 @@ class FlashWindow:
             predictor_params=params)
 
     def decode(self, context: Context, block: Block, rows: NDArray[np.int64]) -> Schedule:
+        context = as_known(context, block)
         return decode_schedule(context, self._demands(context, block, rows))
 
     def prefill(self, context: Context, block: Block) -> Schedule:
+        context = as_known(context, block)
         layer, head = self._streamed(context, block, neurons=True)
         fast = context.memory_of(str(block.structural["agent"]))
         return prefill_schedule(context, Demands(
@@ -341,6 +354,7 @@ class FlashWindow:
     # --- what to tell ---------------------------------------------------------------------------
 
     def placements(self, context: Context, block: Block) -> list[Placement]:
+        context = as_known(context, block)
         fast = context.memory_of(str(block.structural["agent"]))
         share = float(block.columns["attention_resident"][0])
         stored = self._stored_bytes(context)
@@ -367,6 +381,7 @@ class FlashWindow:
         return [p for p in found if p.bytes > 0]
 
     def report(self, context: Context, block: Block, rows: NDArray[np.int64]) -> dict[str, Any]:
+        said, context = said_of_predictor(context, block), as_known(context, block)
         cache = self._cache(context, block)
         trace = context.trace
         assert trace is not None
@@ -388,10 +403,7 @@ class FlashWindow:
             if more is not None:
                 notes.append(f"the budget holds a window of {knob} tokens: {more[0]} would need {more[1]:.0f} more "
                              "bytes")
-        ahead = int(block.structural["prefetch_layers"])
-        if ahead and not none:
-            notes.append(f"the predictor is asked {ahead} layer(s) early, so that reads overlap compute; what that "
-                         "costs it in recall was not measured")
+        notes += said
         if block.structural["predictor"] == "oracle":
             notes.append("the trace's criterion is an oracle: no predictor knew these units before they were read, "
                          "so a real engine will be slower")

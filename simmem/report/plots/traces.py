@@ -1,4 +1,7 @@
-"""How sparse, how local and how skewed is a trace? Three panels, each beside what chance alone would give."""
+"""How sparse, how local and how skewed is a trace, and what does its sparsity cost?
+
+Three panels, locality and skew beside what chance alone would give; a fourth where quality was measured at levels.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,23 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from simmem.report.plots.style import FAINT, GREY, INK, MARKERS, PALETTE, heading, picture, plain, show_units
+from simmem.report.plots.style import (
+    FAINT,
+    GREY,
+    INK,
+    MARKERS,
+    PALETTE,
+    heading,
+    log_ticks,
+    picture,
+    plain,
+    show_units,
+)
 from simmem.report.sheets import model_of_trace
 from simmem.spec import library
 from simmem.trace import Trace, generate, load_synthetic, load_trace_file, trace_statistics
 from simmem.trace.statistics import unit_frequencies
+from simmem.trace.trace import Quality
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -42,7 +57,12 @@ def plot_trace(path: Path, name: str) -> None:
                 f"{plain(h.model)} · {kind}{sure} · {h.n_tokens} tokens, {h.n_layers} "
                 f"layer{'s'[:h.n_layers > 1]} of {h.n_units} units ({plain(h.unit)}) that were {h.records}")
         grid = figure.add_gridspec(2, 2, height_ratios=(0.85, 1.0))
-        _sparsity(figure.add_subplot(grid[0, :]), trace)
+        if h.quality is not None and len(h.quality.levels) > 1:
+            top = grid[0, :].subgridspec(1, 2, width_ratios=(1.9, 1.0))
+            _sparsity(figure.add_subplot(top[0, 0]), trace)
+            _quality(figure.add_subplot(top[0, 1]), h.quality)
+        else:
+            _sparsity(figure.add_subplot(grid[0, :]), trace)
         _unions(figure.add_subplot(grid[1, 0]), trace, frequencies)
         _skew(figure.add_subplot(grid[1, 1]), frequencies)
 
@@ -53,12 +73,12 @@ def _sparsity(axes: Axes, trace: Trace) -> None:
     share = trace.active_counts / trace.header.n_units
     layers = np.arange(share.shape[1])
     mean, (low, high) = share.mean(axis=0), np.quantile(share, [0.05, 0.95], axis=0)
-    axes.set_title("Sparsity by layer: what a token uses of it")
+    axes.set_title("Activity by layer")
     axes.bar(layers, mean, width=0.72, color=PALETTE[5], label="mean over tokens")
     axes.errorbar(layers, mean, yerr=[np.maximum(mean - low, 0.0), np.maximum(high - mean, 0.0)], fmt="none",
                   ecolor=INK, elinewidth=1.0, capsize=2.0, label="90 % of tokens")
     axes.axhline(float(mean.mean()), color=PALETTE[1], linestyle="--", linewidth=1.4,
-                 label=f"all layers: {100 * mean.mean():.3g} % active, {100 * (1 - mean.mean()):.3g} % sparse")
+                 label=f"all layers: {100 * mean.mean():.3g} %")
     axes.grid(axis="x", visible=False)
     axes.set_xlim(-0.6, share.shape[1] - 0.4)
     axes.xaxis.set_major_locator(MaxNLocator(20, integer=True, min_n_ticks=1))
@@ -66,6 +86,25 @@ def _sparsity(axes: Axes, trace: Trace) -> None:
     axes.set_ylim(0.0, max(float(high.max()), float(mean.max()), 1e-6) * 1.05)
     show_units(axes.yaxis, "Active units", "ratio", 1.0)
     axes.legend(loc="lower right", bbox_to_anchor=(1.0, 1.0), ncols=3, borderaxespad=0.2)
+
+
+def _quality(axes: Axes, quality: Quality) -> None:
+    from matplotlib.ticker import FuncFormatter
+
+    left_out, ratio = zip(*quality.curve, strict=True)
+    own = next((p for p in quality.levels if p.perplexity == quality.sparse_perplexity), None)
+    axes.set_title("Quality: what leaving units out costs")
+    axes.plot(left_out, ratio, color=PALETTE[0], marker=MARKERS[0], markersize=4, label="this criterion")
+    if own is not None:
+        axes.plot([own.sparsity], [quality.perplexity_ratio], color=PALETTE[1], marker=MARKERS[1], markersize=9,
+                  markerfacecolor="none", linestyle="none", label=f"this trace: × {quality.perplexity_ratio:.3f}")
+    axes.set_yscale("log")
+    axes.set_ylim(min(1.0, *ratio) / 1.05, max(*ratio, 1.2) * 1.1)
+    log_ticks(axes.yaxis, 1.0, max(ratio))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    axes.set_ylabel("Perplexity over dense")
+    show_units(axes.xaxis, "Units left out", "ratio", 1.0)
+    axes.legend(loc="upper left")
 
 
 def _unions(axes: Axes, trace: Trace, frequencies: Array) -> None:

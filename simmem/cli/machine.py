@@ -1,0 +1,44 @@
+"""The machine in front of you: what can it do?"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from simmem.cli.options import Json
+from simmem.errors import SpecError
+
+__all__ = ["calibrate"]
+
+
+def calibrate(
+    out: Annotated[Path, typer.Option(help="Write the device file there (.toml).")],
+    quick: Annotated[bool, typer.Option("--quick", help="A minute instead of ten: fewer sizes and shapes.")] = False,
+    scratch: Annotated[Path | None, typer.Option(
+        help="Folder on the drive to measure; default: that of --out. Holds a file of 0.5 to 2 GiB meanwhile.")] = None,
+    budget: Annotated[str | None, typer.Option(help="Time for all of it: default '600 s', --quick '60 s'.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with an interrupted run.")] = False,
+    raw: Annotated[Path | None, typer.Option(help="Raw samples; default: beside --out, .measurements.json.")] = None,
+    source: Annotated[Path | None, typer.Option("--from", help="Fit these raw samples; measure nothing.")] = None,
+    compare: Annotated[str | None, typer.Option(help="Show a device's figures beside those found.")] = None,
+    update: Annotated[bool, typer.Option("--update", help="Refresh what is measured of --out; keep the rest.")] = False,
+    threads: Annotated[int | None, typer.Option(help="Threads to measure with; default: all cores.")] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Measure this machine and write a device file to plan with."""
+    from simmem.report.calibration import calibrate_device, show_calibration
+    from simmem.runtime.probe.calibrate import Asked
+    from simmem.units import parse_quantity
+
+    given = {"--quick": quick, "--scratch": scratch, "--budget": budget, "--resume": resume, "--raw": raw,
+             "--threads": threads, "--device": device}
+    if source is not None and (both := [name for name, value in given.items() if value]):
+        raise SpecError(f"measures nothing, so that {both[0]} means nothing", key="--from")
+    seconds = None if budget is None else parse_quantity(budget, "s", key="--budget")
+    asked = Asked(quick=quick, budget_s=seconds, scratch=out.parent if scratch is None else scratch, threads=threads,
+                  device=device, needs_storage=not update)
+    found = calibrate_device(out, asked, raw=raw, source=source, compare=compare, update=update, resume=resume)
+    show_calibration(found, as_json=as_json)

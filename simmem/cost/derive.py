@@ -1,0 +1,259 @@
+"""Which figures of a device follow from what was measured on it, and how well is each known?
+
+Pure: from `Measurements` to figures with their own 90 % range, number of samples, noise floor and drift. What is too
+noisy, has two modes or was refused by its probe supports no figure, and is listed. Where several thread counts were
+measured, the fastest counts. A figure that the points do not determine is not called measured.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from simmem.cost.derive_storage import StorageFit, storage_figures
+from simmem.cost.figures import (
+    Judged,
+    MeasuredFigure,
+    of,
+    rate_figure,
+    rate_of,
+    said,
+    share_figure,
+    sum_figure,
+    surely,
+    threads,
+    top_figure,
+)
+from simmem.cost.interference import KeptShare, kept_shares
+from simmem.cost.noise import judge
+from simmem.errors import SpecError
+from simmem.spec.base import Kind
+from simmem.spec.measurement import Measurement, Measurements
+
+__all__ = ["Derived", "Refused", "derive"]
+
+_LARGE_BATCH = 64
+_LARGE_BYTES = 4 << 20
+"""Products of smaller matrices take about as long as their call."""
+_LARGE_SHARE = 0.1
+"""A product of less than this share of what the largest computes is not a large one."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A measurement that no figure rests on."""
+
+    probe: str
+    conditions: str
+    why: str
+
+
+@dataclass(frozen=True)
+class Derived:
+    """All that follows from one file of measurements."""
+
+    figures: dict[str, MeasuredFigure]
+    refused: tuple[Refused, ...]
+    storage: StorageFit | None
+    notes: tuple[str, ...]
+
+
+def derive(measured: Measurements) -> Derived:
+    """Every figure that the measurements support; deterministic.
+
+    Raises
+    ------
+    SpecError
+        A point does not say what its probe says.
+    MachineError
+        scipy is not installed.
+    """
+    for number, point in enumerate(measured.points):
+        _check(point, f"points.{number}")
+    judged = [(point, judge(point)) for point in measured.points]
+    trusted = [(p, j) for p, j in judged if j.refused is None]
+    notes: list[str] = []
+    storage, fit = storage_figures(trusted, notes)
+    figures = [*_of_machine(measured), *_memory(trusted, "cpu", "dram"), *_arithmetic(trusted, "cpu"),
+               *_overheads(trusted), *storage, *_memory(trusted, "gpu", "vram"), *_arithmetic(trusted, "gpu"),
+               *_copies(trusted), *_launches(trusted), *_interference(kept_shares(measured.points))]
+    if measured.machine.get("virtual") is True:
+        notes.append("A virtual machine: its host may cache what the drive reads, and neighbours share both.")
+    others = measured.machine.get("cores_used_by_others")
+    if isinstance(others, float) and others > 0.1:
+        notes.append(f"While it was measured, other programs kept {others:.1f} of {measured.machine.get('cores')} "
+                     "cores busy: the figures are of what they left.")
+    return Derived({f.key: f for f in figures},
+                   tuple(Refused(p.probe, said(p), j.refused) for p, j in judged if j.refused is not None),
+                   fit, tuple(notes))
+
+
+# What figures read of a point: words and positive numbers among its conditions, and its own demands.
+_SAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
+    "storage-read": (("pattern", "how"), ("size_bytes", "depth"), ("bytes",)),
+    "storage-sustained": ((), (), ("bytes",)), "memory-read": ((), (), ("bytes",)), "memory-copy": ((), (), ("bytes",)),
+    "gemv": ((), (), ("bytes",)), "gemm": ((), (), ("flop",)), "host-to-device": ((), (), ("bytes",)),
+    "device-to-host": ((), (), ("bytes",)), "launch": ((), (), ("requests",)),
+    "interference": (("victim", "aggressor"), (), ()),
+}
+
+
+def _check(point: Measurement, key: str) -> None:
+    words, numbers, demands = _SAYS.get(point.probe, ((), (), ()))
+    for name in words:
+        if not isinstance(point.conditions.get(name), str):
+            raise SpecError(f"a {point.probe} says its {name} in words", key=f"{key}.conditions")
+    for name in numbers:
+        value = point.conditions.get(name)
+        if isinstance(value, (bool, str)) or value is None or not value > 0:
+            raise SpecError(f"a {point.probe} says its {name}, a positive number", key=f"{key}.conditions")
+    for name in demands:
+        if not getattr(point, name) > 0:
+            raise SpecError(f"a {point.probe} has some {name}, found none", key=f"{key}.{name}")
+
+
+# --- what the system says -------------------------------------------------------------------------------------------
+
+
+def _of_machine(measured: Measurements) -> list[MeasuredFigure]:
+    machine = measured.machine
+
+    def size(name: str) -> float | None:
+        value = machine.get(name)
+        return float(value) if isinstance(value, (int, float)) and value > 0 else None
+
+    found = []
+    for key, value, what in (
+        ("memory.flash.capacity", size("volume_bytes"), f"size of the {machine.get('filesystem', 'file')} volume"),
+        ("memory.dram.capacity", size("memory_bytes"), "memory that the system has"),
+        ("memory.vram.capacity", size("gpu_memory_bytes"), "memory that the GPU has"),
+        ("link.flash.block", size("block_bytes"), "physical block, as the system says"),
+    ):
+        if value is not None:
+            found.append(MeasuredFigure(key, value, value, value, Kind.MEASURED, what))
+    total, free = size("memory_bytes"), size("available_bytes")
+    if total is not None and free is not None and total - free >= 1:
+        used = total - free
+        found.append(MeasuredFigure("memory.dram.reserved", used, used, used, Kind.MEASURED,
+                                    "what the system and other programs held when it began"))
+    return found
+
+
+# --- memory and arithmetic ------------------------------------------------------------------------------------------
+
+
+def _memory(trusted: Sequence[Judged], agent: str, memory: str) -> list[MeasuredFigure]:
+    streams = {p: max((one for one in of(trusted, p, agent) if one[0].conditions.get("level") == "dram"),
+                      key=surely, default=None) for p in ("memory-read", "memory-copy")}
+    products = [one for one in of(trusted, "gemv", agent) if one[0].conditions.get("level") == "dram"]
+    found = []
+    best = [f for f in streams.values() if f is not None]
+    if best:
+        top = max(best, key=surely)
+        found.append(rate_figure(f"memory.{memory}.rate", top, f"{top[0].probe} with {threads(top[0])}"))
+    read = streams["memory-read"]
+    large = [one for one in products if one[0].bytes >= _LARGE_BYTES] or products
+    rate = rate_figure(f"agent.{agent}.rate", read, f"reads with {threads(read[0])}") if read is not None else None
+    if large:
+        reached, best_ones = top_figure(f"agent.{agent}.rate", large, lambda p: p.bytes, "products with one token")
+        if rate is None or reached.value > rate.value:
+            rate = reached
+        shares = np.minimum(np.array([rate_of(one) for one in best_ones]) / rate.value, 1.0)
+        found.append(share_figure(f"agent.{agent}.rate_share", shares, best_ones, f"{len(best_ones)} products with one "
+                                  f"token, weights out of memory, {threads(best_ones[0][0])}"))
+    return found if rate is None else [*found, rate]
+
+
+def _arithmetic(trusted: Sequence[Judged], agent: str) -> list[MeasuredFigure]:
+    products = [one for one in of(trusted, "gemm", agent) if _tokens(one) >= _LARGE_BATCH]
+    found, shares, large = [], [], []
+    for dtype in ("fp32", "bf16", "fp16", "int8"):
+        some = [one for one in products if one[0].conditions.get("dtype") == dtype]
+        if not some:
+            continue
+        most = max(p.flop for p, _ in some)
+        peak, best_ones = top_figure(f"agent.{agent}.flop_per_s.{dtype}",
+                                     [one for one in some if one[0].flop >= _LARGE_SHARE * most], lambda p: p.flop,
+                                     f"products with {_LARGE_BATCH} tokens and more")
+        found.append(peak)
+        shares += [min(p.flop / j.median_s / peak.value, 1.0) for p, j in best_ones]
+        large += best_ones
+    if shares:
+        found.append(share_figure(f"agent.{agent}.flop_share", np.array(shares), large,
+                                  f"{len(shares)} large products with {_LARGE_BATCH} tokens and more"))
+    return found
+
+
+def _tokens(one: Judged) -> float:
+    batch = one[0].conditions.get("batch")
+    return float(batch) if isinstance(batch, (int, float)) else 0.0
+
+
+def _overheads(trusted: Sequence[Judged]) -> list[MeasuredFigure]:
+    def one(probe: str, **conditions: object) -> Judged | None:
+        return next(((p, j) for p, j in trusted if p.probe == probe
+                     and all(p.conditions.get(k) == v for k, v in conditions.items())), None)
+
+    found = []
+    call = one("op-call")
+    if call is not None:
+        threads = call[0].conditions.get("threads")
+        parts = [("a product of 16 × 16", call, 1.0)]
+        alone, shared = one("op-parallel", threads=1), one("op-parallel", threads=threads)
+        if threads != 1 and alone is not None and shared is not None and shared[1].median_s > alone[1].median_s:
+            parts += [(f"what sharing a kernel among {threads} threads adds", shared, 1.0), ("", alone, -1.0)]
+        found.append(sum_figure("agent.cpu.op_overhead", parts))
+    choice, hand_off = one("token-choice"), one("hand-off")
+    if choice is not None and hand_off is not None:
+        found.append(sum_figure("agent.cpu.step_overhead", [("choosing a token", choice, 1.0),
+                                                      ("a hand-off to a thread and back", hand_off, 1.0)]))
+    return found
+
+
+# --- what only a GPU has, and what disturbs what --------------------------------------------------------------------
+
+
+def _copies(trusted: Sequence[Judged]) -> list[MeasuredFigure]:
+    """Pinned copies: the fastest of those in a row, and the smallest that the host waits for."""
+    found = []
+    for probe, link in (("host-to-device", "h2d"), ("device-to-host", "d2h")):
+        pinned = [one for one in of(trusted, probe, "gpu") if one[0].conditions.get("pinned") is True]
+        row = max((one for one in pinned if not one[0].conditions.get("waited")), key=surely, default=None)
+        waited = min((one for one in pinned if one[0].conditions.get("waited")), key=lambda one: one[0].bytes,
+                     default=None)
+        if row is not None:
+            found.append(rate_figure(f"link.{link}.rate", row, f"pinned copies of {row[0].bytes:.0f} B"))
+        if waited is not None:
+            found.append(sum_figure(f"link.{link}.latency",
+                                    [(f"a pinned copy of {waited[0].bytes:.0f} B, waited for", waited, 1.0)]))
+    return found
+
+
+def _launches(trusted: Sequence[Judged]) -> list[MeasuredFigure]:
+    """Kernels launched one after the other, not waited for."""
+    rows = [one for one in of(trusted, "launch", "gpu") if one[0].conditions.get("launch") == "stream"]
+    most = max(rows, key=lambda one: one[0].requests, default=None)
+    if most is None:
+        return []
+    point, j = most
+    each = 1.0 / point.requests
+    return [MeasuredFigure("agent.gpu.op_overhead", j.median_s * each, j.low_s * each, j.high_s * each, Kind.MEASURED,
+                           f"a kernel of {point.requests:.0f} launched in a row", j.n, j.noise_floor,
+                           j.drift if j.drifts else None)]
+
+
+def _interference(kept: Sequence[KeptShare]) -> list[MeasuredFigure]:
+    """What a product keeps beside reads from storage, and reads beside a product: all that were measured together."""
+    who = {"gemv": "cpu", "storage-read": "flash"}
+    found = []
+    for victim, aggressor in (("gemv", "storage-read"), ("storage-read", "gemv")):
+        some = [k for k in kept if k.victim.get("victim") == victim and k.aggressor.get("aggressor") == aggressor]
+        if some:
+            value = min(float(np.median([k.share for k in some])), 1.0)
+            found.append(MeasuredFigure(f"interference.{who[victim]}.{who[aggressor]}.dram", value,
+                                        min(value, *(k.low for k in some)), max(value, *(k.high for k in some)),
+                                        Kind.MEASURED, f"{victim} beside {aggressor}, {len(some)} pairs",
+                                        sum(k.n for k in some), max(k.noise_floor for k in some)))
+    return found

@@ -1,0 +1,145 @@
+"""Which figures of a storage link follow from reads of it: a surface, a cap, a page cache, what lasts?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from simmem.cost.figures import Judged, MeasuredFigure, rate_figure, rate_of, said, surely
+from simmem.cost.noise import Judgement, judge
+from simmem.cost.surface import ReadPoint, SurfaceFit, fit_surface
+from simmem.spec.base import Kind
+from simmem.spec.measurement import Measurement
+
+__all__ = ["StorageFit", "storage_figures"]
+
+_RESAMPLES = 40
+_FOLDS = 5
+_CACHED_READ_BYTES = 1 << 16
+_SETTLED = 0.5
+"""The later half of a sustained run is what lasts."""
+
+
+@dataclass(frozen=True)
+class StorageFit:
+    """How well the surface tells reads it was not fitted to: every fifth point left out in turn."""
+
+    points: int
+    quiet: int
+    """Of which the noise floor is under 10 %."""
+    median_error: float | None
+    """Of the quiet ones; None where there is none."""
+    undetermined: tuple[str, ...]
+
+
+def storage_figures(trusted: Sequence[Judged], notes: list[str]) -> tuple[list[MeasuredFigure], StorageFit | None]:
+    reads = [(p, j) for p, j in trusted if p.probe == "storage-read"]
+    direct = [one for one in reads if one[0].conditions["how"] == "direct"]
+    how = "direct"
+    if not direct:
+        direct, how = [one for one in reads if one[0].conditions["how"] == "buffered"], "buffered"
+        if direct:
+            notes.append("No direct I/O: storage was read through a page cache that had been emptied.")
+    random = [one for one in direct if one[0].conditions["pattern"] == "random"]
+    found = _cached(reads)
+    if not random:
+        return found, None
+    top = max(direct, key=surely)
+    rate = rate_figure("link.flash.rate", top, f"fastest of {len(direct)} {how} reads: {said(top[0])}")
+    found.append(rate)
+    decline = 0.02 if _declines(random) else 1.0
+
+    def fitted(some: Sequence[Judged]) -> SurfaceFit:
+        return fit_surface([_point(*one) for one in some], known={"rate": rate.value}, decline=decline)
+
+    fit = fitted(random)
+    names = {"latency": "latency_s", "single_rate": "single_rate", "request_time": "request_time_s",
+             "request_rate": "request_rate"}
+    draws = _resampled(random, fitted, [*names.values(), "overload_exponent"])
+    floor = float(np.median([j.noise_floor for _, j in random]))
+    n = sum(j.n for _, j in random)
+    for name, attribute in names.items():
+        value = float(getattr(fit.surface, attribute))
+        what = f"surface fitted to {len(random)} random {how} reads"
+        if name not in fit.undetermined:
+            low, high = (float(q) for q in np.quantile(draws[attribute], (0.05, 0.95)))
+            found.append(MeasuredFigure(f"link.flash.{name}", value, min(low, value), max(high, value), Kind.MEASURED,
+                                        what, n, floor))
+        elif name != "single_rate":
+            found.append(MeasuredFigure(f"link.flash.{name}", value, value / 1.5, value * 1.5, Kind.ESTIMATED,
+                                        f"usual of drives; {what} does not tell", n, floor))
+    if fit.surface.best_depth is not None and fit.surface.overload_exponent:
+        depth, power = fit.surface.best_depth, fit.surface.overload_exponent
+        low, high = (float(q) for q in np.quantile(draws["overload_exponent"], (0.05, 0.95)))
+        found += [MeasuredFigure("link.flash.best_depth", depth, depth / 2, depth * 2, Kind.MEASURED,
+                                 "depth of the highest throughput; range: the depths beside it", n, floor),
+                  MeasuredFigure("link.flash.overload_exponent", power, min(low, power), max(high, power),
+                                 Kind.MEASURED, "decline beyond it", n, floor)]
+    lasting = next((one for one in trusted if one[0].probe == "storage-sustained"), None)
+    if lasting is not None:
+        p, j = lasting
+        late = judge(p.model_copy(update={"samples_s": p.samples_s[int(len(p.samples_s) * _SETTLED):], "at_s": (),
+                                          "runs": ()}))
+        figure = rate_figure("link.flash.sustained_rate", (p, late),
+                             f"the later half of reads without pause, {said(p)}")
+        found.append(replace(figure, noise_floor=j.noise_floor))
+    return found, _held_out(random, fitted, fit)
+
+
+def _point(point: Measurement, judgement: Judgement) -> ReadPoint:
+    return ReadPoint(point.bytes, float(point.conditions["depth"]), point.bytes / judgement.median_s)
+
+
+def _declines(random: Sequence[Judged]) -> bool:
+    """Is some read at a greater depth slower than one of its size at a smaller one, beyond both their ranges?"""
+    return any(a.bytes == b.bytes and float(a.conditions["depth"]) < float(b.conditions["depth"]) and i.high_s < j.low_s
+               for a, i in random for b, j in random)
+
+
+def _resampled(random: Sequence[Judged], fitted: Callable[[Sequence[Judged]], SurfaceFit],
+               attributes: Sequence[str]) -> dict[str, list[float]]:
+    """Each figure of the surface when the points are drawn anew, with replacement, and each within its own range."""
+    draw = np.random.default_rng(0)
+    found: dict[str, list[float]] = {name: [] for name in attributes}
+    for _ in range(_RESAMPLES):
+        some = [random[i] for i in draw.integers(0, len(random), len(random))]
+        some = [(p, replace(j, median_s=j.median_s * (1 + j.noise_floor * draw.uniform(-1, 1)))) for p, j in some]
+        surface = fitted(some).surface
+        for name in attributes:
+            found[name].append(float(getattr(surface, name) or 0.0))
+    return found
+
+
+def _held_out(random: Sequence[Judged], fitted: Callable[[Sequence[Judged]], SurfaceFit],
+              fit: SurfaceFit) -> StorageFit:
+    errors, quiet = [], [j.noise_floor < 0.1 for _, j in random]
+    order = np.random.default_rng(0).permutation(len(random))
+    if len(random) >= 2 * _FOLDS:
+        for fold in range(_FOLDS):
+            left_out = set(order[fold::_FOLDS].tolist())
+            surface = fitted([one for i, one in enumerate(random) if i not in left_out]).surface
+            for i in left_out:
+                if quiet[i]:
+                    p, j = random[i]
+                    errors.append(abs(float(surface.throughput(p.bytes, float(p.conditions["depth"])))
+                                      / (p.bytes / j.median_s) - 1))
+    return StorageFit(len(random), sum(quiet), float(np.median(errors)) if errors else None, fit.undetermined)
+
+
+def _cached(reads: Sequence[Judged]) -> list[MeasuredFigure]:
+    """The highest rate over depths for each size of at least 64 KiB; their median, and what they span."""
+    held = [one for one in reads if one[0].conditions["how"] == "cached" and one[0].bytes >= _CACHED_READ_BYTES]
+    best: dict[float, Judged] = {}
+    for one in held:
+        if one[0].bytes not in best or surely(one) > surely(best[one[0].bytes]):
+            best[one[0].bytes] = one
+    if not best:
+        return []
+    rates = [rate_of(one) for one in best.values()]
+    low = min(p.bytes / j.high_s for p, j in best.values())
+    high = max(p.bytes / j.low_s for p, j in best.values())
+    return [MeasuredFigure("link.flash.cached_rate", float(np.median(rates)), low, high, Kind.MEASURED,
+                           f"reads that the page cache holds, of {len(best)} sizes", sum(j.n for _, j in held),
+                           float(np.median([j.noise_floor for _, j in best.values()])))]

@@ -1,0 +1,246 @@
+"""One token after another: read, copy, rearrange, multiply, in the order of the plan's schedule.
+
+The thread that runs here is the computing unit. Reads are handed to the store and copies to their own thread, each in
+the order of the schedule, and waited for where an op depends on them. Every op leaves the times at which it really
+began and ended; bytes and units are counted where they are handed in, for the caller to compare with the plan's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmem.policy.layers import STREAM_CHUNK_BYTES
+from simmem.runtime.execute.cache import CacheStep, padded
+from simmem.runtime.execute.copies import Copier, Move
+from simmem.runtime.execute.kernels import Decoder, FfnRows, Weights
+from simmem.runtime.execute.measured import Clock, Key
+from simmem.runtime.execute.memory import Memory
+from simmem.runtime.execute.task import Task
+from simmem.runtime.execute.units import UnitReads, unit_reads
+from simmem.runtime.reader import Reads, Store, in_chunks
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["Counted", "Engine"]
+
+Ints = NDArray[np.int64]
+
+
+@dataclass(frozen=True)
+class Counted:
+    """What was really moved and found."""
+
+    requests: Ints
+    """(tokens, layers) reads of units."""
+    read_bytes: Ints
+    """(tokens, layers) of units. [B]"""
+    new_units: Ints
+    """(tokens, layers)"""
+    rows: Ints
+    """(tokens, layers) units that the FFN multiplied."""
+    moved_bytes: Ints
+    """(tokens,) over all links. [B]"""
+
+
+@dataclass(frozen=True)
+class _Coming:
+    """Units of a layer that are on their way."""
+
+    step: CacheStep
+    read: UnitReads
+    move: Move
+
+
+class Engine:
+    """Runs the tokens of a task; a context manager that ends its thread.
+
+    Parameters
+    ----------
+    store : where weights are read from; the caller closes it.
+    memory : what is held, loaded.
+    decoder : the state of the sequence.
+    exact : leave out the units that are held but not active, as the masked network does.
+    """
+
+    def __init__(self, task: Task, store: Store, memory: Memory, decoder: Decoder, *, n_tokens: int,
+                 exact: bool = False) -> None:
+        self.task, self.clock = task, Clock(memory.device)
+        self._store, self._memory, self._decoder, self._exact = store, memory, decoder, exact
+        self._layers = len(task.layout.layers)
+        self._n_stages = n_tokens * (self._layers + 1)
+        self._copier = Copier(memory.device, self.clock) if memory.apart else None
+        self._fetched: dict[int, Move] = {}
+        self._computed: dict[int, Key] = {}
+        asked, read, new, rows = (np.zeros((n_tokens, self._layers), np.int64) for _ in range(4))
+        self.counted = Counted(asked, read, new, rows, np.zeros(n_tokens, np.int64))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
+                 trace: TracebackType | None) -> None:
+        if self._copier is not None:
+            self._copier.close()
+
+    def token(self, number: int, token_id: int, position: int, active: Sequence[Ints], next_id: int | None = None
+              ) -> torch.Tensor:
+        """Run one token of the run.
+
+        Parameters
+        ----------
+        active : units it uses, by layer; () where units are not fetched one by one.
+        next_id : the token that follows, where that is given rather than chosen.
+
+        Returns the id of the likeliest next token, on the computing device; `decoder.logits` are its logits.
+        """
+        task, decoder, memory, ahead = self.task, self._decoder, self._memory, self.task.prefetch
+        coming: dict[int, _Coming] = {}
+        decoder.embed(self._embedding(number, token_id), memory.fixed, position)
+        if task.by_neuron:
+            for layer in range(min(ahead, self._layers)):
+                coming[layer] = self._look_ahead(number, layer, active[layer], None)
+        for layer in range(self._layers):
+            stage = self._arrive(number, layer)
+            weights = memory.weights(layer, stage)
+            attended, fed = (number, "attention", layer), (number, "ffn", layer)
+            with self.clock.op(attended):
+                decoder.attend(layer, weights, position)
+            if task.by_neuron:
+                if layer + ahead < self._layers:
+                    coming[layer + ahead] = self._look_ahead(number, layer + ahead, active[layer + ahead], attended)
+                self._feed_units(number, layer, coming.pop(layer), active[layer], weights)
+            else:
+                with self.clock.op(fed):
+                    decoder.feed(weights)
+            self._leave(stage, fed)
+        stage = self._arrive(number, self._layers)
+        key = (number, "head", self._layers)
+        with self.clock.op(key):
+            chosen = decoder.finish(memory.weights(self._layers, stage), memory.fixed)
+        if memory.head_rows_leave:
+            memory.keep_row(int(chosen) if next_id is None else next_id, stage)
+        self._leave(stage, key)
+        return chosen
+
+    # --- streamed weights -------------------------------------------------------------------------
+
+    def _arrive(self, number: int, where: int) -> int:
+        """Wait for the weights of a stage; returns its number, counted over all tokens."""
+        stage = number * (self._layers + 1) + where
+        self._fetch(stage)
+        move = self._fetched.pop(stage, None)
+        if move is not None:
+            self._wait(move)
+        return stage
+
+    def _leave(self, stage: int, key: Key) -> None:
+        """A stage was computed with: its buffer is free for another."""
+        self._computed[stage] = key
+        if self.task.prefetch:
+            self._fetch(stage + self.task.prefetch)
+
+    def _fetch(self, stage: int) -> None:
+        """Hand in the read of a stage, once what its buffer held was computed with."""
+        task, memory = self.task, self._memory
+        number, where = divmod(stage, self._layers + 1)
+        n_bytes = task.streamed[where]
+        if n_bytes == 0 or stage in self._fetched or stage >= self._n_stages:
+            return
+        self.clock.wait(self._computed.get(stage - 1 - task.prefetch))
+        whole = task.layout.head if where == self._layers else task.layout.layers[where]
+        asked = None
+        if memory.host_copy is None:
+            asked = in_chunks(whole.offset + whole.n_bytes - n_bytes, n_bytes, int(STREAM_CHUNK_BYTES),
+                              memory.staging[stage % len(memory.staging)].host)
+        name = "head weights" if where == self._layers else "weights"
+        self._fetched[stage] = self._move(number, name, where, asked, task.hops, n_bytes, stage)
+
+    def _move(self, number: int, name: str, where: int, asked: Reads | None, hops: tuple[str, ...], n_bytes: int,
+              stage: int = 0) -> Move:
+        """Read, where something is asked of the store, and copy on over what links are left."""
+        move = Move(None if asked is None else self._store.submit(asked))
+        if asked is not None:
+            move.read_key, hops = (number, f"{name}.{hops[0]}", where), hops[1:]
+            self.counted.moved_bytes[number] += asked.n_bytes
+        for hop in hops:
+            assert self._copier is not None and len(hops) == 1
+            move.copy_key = (number, f"{name}.{hop}", where)
+            self.counted.moved_bytes[number] += n_bytes
+            self._copier.submit(move, *self._memory.copy_ends(name, where, stage, n_bytes))
+        return move
+
+    def _wait(self, move: Move) -> None:
+        move.wait()
+        if move.ticket is not None:
+            assert move.read_key is not None
+            self.clock.times[move.read_key] = (move.ticket.start_s, move.ticket.free_s)
+            self._memory.verify(move.ticket.asked)
+        if move.copy_key is not None:
+            assert self._copier is not None
+            self._copier.arrive(move)
+
+    # --- neurons ----------------------------------------------------------------------------------
+
+    def _look_ahead(self, number: int, layer: int, active: Ints, after: Key | None) -> _Coming:
+        """Predict a layer's units and hand in the reads of those that are not held."""
+        task, memory, counted = self.task, self._memory, self.counted
+        if task.predictor_params:
+            after = (number, "predictor", layer)
+            with self.clock.op(after):
+                if task.known_first:
+                    weights = memory.weights(layer, number * (self._layers + 1) + layer)
+                    self._decoder.predict_whole(weights, task.known_first)
+                else:
+                    self._decoder.predict_low_rank(*memory.predictors[layer])
+        self.clock.wait(after)  # which units are needed is known only now
+        step = memory.caches[layer].step(number, active)
+        buffer = memory.unit_buffers[layer % len(memory.unit_buffers)]
+        read = unit_reads(task.layout, layer, step.new, buffer.host, task.gap_units if task.coalesce else None)
+        counted.requests[number, layer] = len(read.asked.offsets)
+        counted.read_bytes[number, layer] = read.asked.n_bytes
+        counted.new_units[number, layer] = len(step.new)
+        return _Coming(step, read, self._move(number, "units", layer, read.asked, task.unit_hops, read.asked.n_bytes))
+
+    def _feed_units(self, number: int, layer: int, coming: _Coming, active: Ints, weights: Weights) -> None:
+        memory, cache, step = self._memory, self._memory.caches[layer], coming.step
+        self._wait(coming.move)
+        near = memory.unit_buffers[layer % len(memory.unit_buffers)].near
+        if step.kept:
+            with self.clock.op((number, "upkeep", layer)):
+                cache.apply(step, coming.read.new_rows(near, self.task.layout))
+            mask = self._mask(cache.ids, active) if self._exact else None
+            held = [FfnRows(memory.cached_parts(layer), cache.ids, mask)]
+        else:  # they do not fit: what is held of them, and what was read, are used and forgotten
+            cache.apply(step, [])
+            held = [FfnRows(memory.cached_parts(layer), cache.ids), coming.read.rows(near, self.task.layout)]
+        with self.clock.op((number, "ffn", layer)):
+            self._decoder.feed_rows(weights, held, self.task.known_first)
+        self.counted.rows[number, layer] = cache.n + (0 if step.kept else len(step.new))
+        if not step.kept:
+            cache.forget()
+
+    def _mask(self, held: Ints, active: Ints) -> torch.Tensor:
+        import torch
+
+        wanted = np.zeros(padded(len(held)), np.float32)
+        wanted[: len(held)] = np.isin(held, active)
+        return torch.from_numpy(wanted).to(self._memory.device, self._decoder.dtype)
+
+    def _embedding(self, number: int, token_id: int) -> torch.Tensor:
+        """The input embedding of a token: held, kept from the head's last visit, or read now."""
+        memory, slots = self._memory, self.task.layout.embedding
+        if memory.lookup is None:
+            return memory.embedding_row(token_id)
+        assert slots is not None
+        one = np.zeros(1, np.int64)
+        asked = Reads(one + slots.offset + token_id * slots.slot_bytes, one + slots.slot_bytes, one,
+                      memory.lookup.host)
+        self._wait(self._move(number, "embedding rows", 0, asked, self.task.unit_hops, slots.slot_bytes))
+        return memory.looked_up()

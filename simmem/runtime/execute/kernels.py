@@ -1,0 +1,253 @@
+"""What does a decode step compute? torch products of one token with weights that lie in pieces.
+
+A decoder of the OPT or the Llama kind: norm, attention with learned or rotary positions over a preallocated context,
+norm, FFN; whole, or over the rows of the neurons that are held. A matrix may lie in two pieces, the rows that stay in
+memory and those that were streamed. Everything that is written is allocated beforehand; products go to the library that
+torch brings, one token at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmem.runtime.execute.cache import padded
+from simmem.spec.model import Architecture
+
+if TYPE_CHECKING:
+    import torch
+
+__all__ = ["NORM_EPSILON", "Decoder", "FfnRows", "Pieces", "Weights", "rotary_tables", "torch_dtype"]
+
+Ints = NDArray[np.int64]
+Pieces = tuple[tuple[int, int, "torch.Tensor"], ...]
+"""(first row, row behind the last, rows) of a matrix (outputs, inputs)."""
+Weights = Mapping[str, "torch.Tensor | Pieces"]
+"""Name -> vector, or pieces of a matrix."""
+
+NORM_EPSILON = 1e-5
+ROPE_BASE = 10000.0
+
+
+@dataclass(frozen=True)
+class FfnRows:
+    """Rows of some neurons: each part (padded(n), d_model), of which the first n count."""
+
+    parts: Mapping[str, torch.Tensor]
+    ids: Ints
+    """(n,) which units they are."""
+    mask: torch.Tensor | None = None
+    """(padded(n),) 1 for rows that count and 0 for others; None: all n do."""
+
+
+def torch_dtype(precision: str) -> torch.dtype:
+    """The element type of a precision."""
+    import torch
+
+    return {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+def rotary_tables(positions: int, d_head: int, base: float = ROPE_BASE) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cosines and sines (positions, d_head) of rotary positions (arXiv 2104.09864), halves alike."""
+    import torch
+
+    angle = torch.arange(positions)[:, None] / base ** (torch.arange(0, d_head, 2)[None] / d_head)
+    both = torch.cat((angle, angle), dim=1)
+    return both.cos(), both.sin()
+
+
+class Decoder:
+    """The state of one sequence and the products that advance it.
+
+    Parameters
+    ----------
+    context : tokens that keys and values are kept of.
+    rotary : cosines and sines (context, d_head), None with learned positions.
+    epsilon : of the norms.
+    position_offset : learned positions begin in this row (2 in OPT).
+    """
+
+    def __init__(self, architecture: Architecture, precision: str, device: torch.device, context: int, *,
+                 rotary: tuple[torch.Tensor, torch.Tensor] | None = None, epsilon: float = NORM_EPSILON,
+                 position_offset: int = 0) -> None:
+        import torch
+
+        a = self.architecture = architecture
+        dtype = self.dtype = torch_dtype(precision)
+
+        def empty(*shape: int) -> torch.Tensor:
+            return torch.zeros(shape, dtype=dtype, device=device)
+
+        self._epsilon, self._offset = epsilon, position_offset
+        self.hidden = empty(1, a.d_model)
+        self._normed = empty(1, a.d_model)
+        self._q, self._k, self._v = (empty(1, n * a.d_head) for n in (a.n_heads, a.n_kv_heads, a.n_kv_heads))
+        self._out = empty(1, a.d_model)
+        self._wide = {name: empty(1, padded(a.d_ff)) for name in ("gate", "up", "gate all", "up all")}
+        self._low = empty(1, a.d_model)
+        self._scores = empty(1, a.d_ff)
+        self.logits = empty(1, a.vocab)
+        self.keys, self.values = (empty(a.n_layers, a.n_kv_heads, context, a.d_head) for _ in range(2))
+        self._rotary = None if rotary is None else tuple(t.to(device, dtype) for t in rotary)
+        self._activate = _Activation(a.activation)
+
+    # --- parts of a token ---------------------------------------------------------------------------
+
+    def embed(self, row: torch.Tensor, fixed: Weights, position: int) -> None:
+        """Begin a token: its row of the embedding, and its position where that is learned."""
+        self.hidden[0].copy_(row)
+        if "positions" in fixed:
+            self.hidden.add_(_matrix(fixed["positions"])[position + self._offset])
+
+    def attend(self, layer: int, weights: Weights, position: int) -> None:
+        """Attention of one layer over the context up to and with `position`."""
+        import torch
+
+        a = self.architecture
+        x = self._norm("attention_norm", weights)
+        for name, out in (("q", self._q), ("k", self._k), ("v", self._v)):
+            _project(x, name, weights, out)
+        q, k, v = (out.view(-1, a.d_head) for out in (self._q, self._k, self._v))
+        if self._rotary is not None:
+            cosine, sine = (table[position] for table in self._rotary)
+            q, k = _rotate(q, cosine, sine), _rotate(k, cosine, sine)
+        self.keys[layer, :, position] = k
+        self.values[layer, :, position] = v
+        # Two batched products: for a single query torch's fused attention takes six times as long on the CPU in bf16.
+        keys, values = (kept[layer, :, : position + 1] for kept in (self.keys, self.values))
+        scores = torch.bmm(q.view(a.n_kv_heads, -1, a.d_head), keys.transpose(1, 2)).mul_(a.d_head**-0.5)
+        mixed = torch.bmm(scores.softmax(-1, dtype=torch.float32).to(self.dtype), values)
+        _project(mixed.reshape(1, -1), "o", weights, self._out)
+        self.hidden.add_(self._out)
+
+    def predict_low_rank(self, first: torch.Tensor, second: torch.Tensor) -> None:
+        """Score all neurons of a layer by two thin matrices (rank, d_model) and (d_ff, rank)."""
+        import torch
+
+        low = self._low[:, : first.shape[0]]
+        torch.mm(self.hidden, first.t(), out=low)
+        torch.mm(low, second.t(), out=self._scores)
+
+    def predict_whole(self, weights: Weights, names: Sequence[str]) -> None:
+        """Multiply matrices of the FFN that tell which neurons are needed; kept for this layer's `feed_rows`."""
+        x = self._norm("ffn_norm", weights)
+        for name in names:
+            _project(x, name, weights, self._wide[f"{name} all"][:, : self.architecture.d_ff])
+
+    def feed(self, weights: Weights) -> None:
+        """The whole FFN."""
+        x, a = self._norm("ffn_norm", weights), self.architecture
+        h = self._wide["up"][:, : a.d_ff]
+        _project(x, "up", weights, h)
+        if a.gated:
+            gate = self._wide["gate"][:, : a.d_ff]
+            _project(x, "gate", weights, gate)
+            h.mul_(self._activate(gate))
+        else:
+            h = self._activate(h)
+        _project(h, "down", weights, self._out)
+        self.hidden.add_(self._out)
+
+    def feed_rows(self, weights: Weights, held: Sequence[FfnRows], known: Sequence[str] = ()) -> None:
+        """The FFN over the neurons whose rows are there; `known` matrices were multiplied by `predict_whole`."""
+        import torch
+
+        x, a = self._norm("ffn_norm", weights), self.architecture
+        for rows in held:
+            n = len(rows.ids)
+            if n == 0:
+                continue
+            ids = torch.from_numpy(rows.ids).to(x.device) if known or a.ffn_bias else None
+            h = self._inner("up", x, rows, ids, weights, known)
+            if a.gated:
+                h.mul_(self._activate(self._inner("gate", x, rows, ids, weights, known)))
+            else:
+                h = self._activate(h)
+            if rows.mask is not None:
+                h.mul_(rows.mask)
+            h[:, n:] = 0
+            self.hidden.add_(torch.mm(h, rows.parts["down"], out=self._out))
+        if a.ffn_bias:
+            self.hidden.add_(_vector(weights["down.bias"]))
+
+    def finish(self, weights: Weights, fixed: Weights) -> torch.Tensor:
+        """Logits and the likeliest token, a tensor of one number."""
+        x = self._norm("final_norm", fixed) if "final_norm.weight" in fixed else self.hidden
+        _project(x, "head", weights, self.logits)
+        return self.logits.argmax()
+
+    # --- steps --------------------------------------------------------------------------------------
+
+    def _inner(self, name: str, x: torch.Tensor, rows: FfnRows, ids: torch.Tensor | None, weights: Weights,
+               known: Sequence[str]) -> torch.Tensor:
+        import torch
+
+        if name in known:
+            assert ids is not None
+            h = self._wide[name][:, : padded(len(rows.ids))]
+            torch.index_select(self._wide[f"{name} all"], 1, ids, out=h[:, : len(rows.ids)])
+            return h
+        matrix = rows.parts[name]
+        h = self._wide[name][:, : matrix.shape[0]]
+        torch.mm(x, matrix.t(), out=h)
+        if ids is not None and self.architecture.ffn_bias:
+            h[0, : len(rows.ids)] += _vector(weights[f"{name}.bias"])[ids]
+        return h
+
+    def _norm(self, name: str, weights: Weights) -> torch.Tensor:
+        import torch
+
+        shape, scale = (self.architecture.d_model,), _vector(weights[f"{name}.weight"])
+        if self.architecture.norm == "layernorm":
+            bias = weights.get(f"{name}.bias")
+            return torch.nn.functional.layer_norm(self.hidden, shape, scale, None if bias is None else _vector(bias),
+                                                  self._epsilon)
+        return torch.nn.functional.rms_norm(self.hidden, shape, scale, self._epsilon)
+
+
+def _project(x: torch.Tensor, name: str, weights: Weights, out: torch.Tensor) -> None:
+    """x (1, inputs) times the matrix `name`, piece by piece, plus its bias where it has one, into out (1, outputs)."""
+    import torch
+
+    pieces = weights[f"{name}.weight"]
+    assert isinstance(pieces, tuple)
+    for first, last, rows in pieces:
+        torch.mm(x, rows.t(), out=out[:, first:last])
+    bias = weights.get(f"{name}.bias")
+    if bias is not None:
+        out.add_(_vector(bias))
+
+
+def _vector(value: torch.Tensor | Pieces) -> torch.Tensor:
+    assert not isinstance(value, tuple)
+    return value
+
+
+def _matrix(value: torch.Tensor | Pieces) -> torch.Tensor:
+    assert isinstance(value, tuple) and len(value) == 1
+    return value[0][2]
+
+
+def _rotate(x: torch.Tensor, cosine: torch.Tensor, sine: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    half = x.shape[-1] // 2
+    return x * cosine + torch.cat((-x[:, half:], x[:, :half]), dim=1) * sine
+
+
+class _Activation:
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        import torch
+
+        if self._name == "relu":
+            return x.relu_()
+        if self._name == "silu":
+            return torch.nn.functional.silu(x, inplace=True)
+        return torch.nn.functional.gelu(x, approximate="none" if self._name == "gelu" else "tanh")

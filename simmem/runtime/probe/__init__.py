@@ -1,0 +1,1 @@
+"""What can this machine do? Probes that measure it, and the device figures that follow."""

@@ -1,0 +1,232 @@
+"""What does the file of a fitted cost model hold?
+
+For every kind of op and precision that was measured: seconds as a sum of physical features with coefficients that are
+never negative, perhaps a smooth correction, the range that the measurements covered and how far they lay from it.
+`simmem.cost.regression` writes it, `simmem.cost.fitted` evaluates it; nothing in it is code.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from simmem.errors import SpecError
+from simmem.spec.base import Frozen, validate
+
+__all__ = [
+    "Axis",
+    "Errors",
+    "FittedCost",
+    "Group",
+    "Interval",
+    "Residual",
+    "Spline",
+    "SplinePair",
+    "Term",
+    "load_cost_model",
+]
+
+MAX_FILE_BYTES = 1 << 20
+MAX_GROUPS = 64
+MAX_TERMS = 64
+
+Axis = Literal["rows", "cols", "batch"]
+Feature = Literal["launches", "weights", "activations", "rows", "row_starts", "far_weights", "passes", "flop",
+                  "far_flop", "tiles", "fit_tiles"]
+"""See `simmem.cost.features`."""
+
+_Word = Annotated[str, Field(max_length=40, pattern=r"^[a-z0-9_-]*$")]
+_Text = Annotated[str, Field(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
+"""Nothing that moves the cursor or turns the direction of writing."""
+_Extent = Annotated[float, Field(gt=0, le=1e15)]
+_Log2 = Annotated[float, Field(ge=-64, le=64)]
+_Small = Annotated[float, Field(ge=-64, le=64)]
+
+
+class Term(Frozen):
+    """One physical feature and what a unit of it takes. [s per unit]"""
+
+    feature: Feature
+    coefficient: float = Field(ge=0, le=1e3)
+    above_bytes: float = Field(default=0.0, ge=0, le=1e15)
+    """far_weights, far_flop: only what a matrix holds beyond this. [B]"""
+    tile: tuple[Annotated[int, Field(ge=1, le=4096)], Annotated[int, Field(ge=1, le=4096)]] = (1, 1)
+    """tiles: (tokens, rows) of the result that are computed as one; passes: of the tokens alone."""
+
+
+class Spline(Frozen):
+    """A B-spline of the logarithm (base 2) of one axis, constant beyond its ends."""
+
+    axis: Axis
+    degree: int = Field(ge=1, le=3)
+    knots: Annotated[tuple[_Log2, ...], Field(min_length=4, max_length=32)]
+    """With those beyond the ends; ascending. [log2]"""
+    coefficients: Annotated[tuple[_Small, ...], Field(max_length=32)]
+
+    @model_validator(mode="after")
+    def _is_a_spline(self) -> Spline:
+        if any(b <= a for a, b in zip(self.knots, self.knots[1:], strict=False)):
+            raise ValueError("the knots ascend")
+        if len(self.knots) < 2 * self.degree + 2 or len(self.coefficients) != len(self.knots) - self.degree - 1:
+            raise ValueError(f"{len(self.knots)} knots of degree {self.degree} need "
+                             f"{max(len(self.knots) - self.degree - 1, 0)} coefficients, found "
+                             f"{len(self.coefficients)}")
+        return self
+
+
+class SplinePair(Frozen):
+    """How two axes act together: a coefficient for every pair of their basis functions."""
+
+    first: int = Field(ge=0, le=2)
+    second: int = Field(ge=0, le=2)
+    coefficients: Annotated[tuple[Annotated[tuple[_Small, ...], Field(max_length=32)], ...], Field(max_length=32)]
+
+
+class Residual(Frozen):
+    """A smooth correction: logarithm of measured over physical, of the shape of a product."""
+
+    intercept: _Small
+    splines: Annotated[tuple[Spline, ...], Field(min_length=1, max_length=3)]
+    pairs: Annotated[tuple[SplinePair, ...], Field(max_length=3)] = ()
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> Residual:
+        axes = [s.axis for s in self.splines]
+        if len(set(axes)) != len(axes):
+            raise ValueError("each axis has one spline")
+        for pair in self.pairs:
+            if not pair.first < pair.second < len(self.splines):
+                raise ValueError("a pair names two of the splines, the earlier first")
+            shape = (len(self.splines[pair.first].coefficients), len(self.splines[pair.second].coefficients))
+            if len(pair.coefficients) != shape[0] or any(len(row) != shape[1] for row in pair.coefficients):
+                raise ValueError(f"the coefficients of this pair are {shape[0]} rows of {shape[1]}")
+        return self
+
+
+class Interval(Frozen):
+    """Conformal: nine in ten held-out measurements lay within exp(±quantile · scale) of their prediction.
+
+    scale = exp(intercept + Σ slope · log2(axis)), kept within `bounds`: how much harder some shapes are than others.
+    """
+
+    quantile: float = Field(ge=0, le=1e4)
+    intercept: _Small
+    slopes: dict[Axis, _Small]
+    bounds: tuple[Annotated[float, Field(gt=0, le=16)], Annotated[float, Field(gt=0, le=16)]]
+    n: int = Field(ge=1)
+    """Held-out points the quantile is of."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Interval:
+        if self.bounds[0] > self.bounds[1]:
+            raise ValueError("the lower bound comes first")
+        return self
+
+
+class Errors(Frozen):
+    """Absolute error of log(measured / predicted) on shapes held out by cross-validation."""
+
+    median: float = Field(ge=0)
+    p90: float = Field(ge=0)
+
+
+class Group(Frozen):
+    """Ops of one kind and precision, out of one level of memory, on so many threads of one agent."""
+
+    kind: _Word
+    """gemv, gemm, gather, host-to-device, ...: the probe that measured it."""
+    dtype: _Word
+    agent: _Text
+    level: _Word
+    """Of memory, that the weights came from."""
+    threads: int = Field(ge=1, le=1 << 20)
+    variant: _Text = ""
+    """Further conditions that set these ops apart."""
+    bytes_per_param: float = Field(gt=0, le=16)
+    units: int = Field(default=1, ge=1, le=1 << 16)
+    """Multiprocessors that tiles are spread over; 1 on a CPU."""
+    bytes_per_s: float = Field(gt=0, le=1e16)
+    """Floor: no measurement moved weights faster out of this level. [B/s]"""
+    flop_per_s: float | None = Field(gt=0, le=1e19)
+    """Floor: no measurement computed faster; None for what computes nothing. [FLOP/s]"""
+    terms: Annotated[tuple[Term, ...], Field(min_length=1, max_length=MAX_TERMS)]
+    overlap: float = Field(ge=1, le=64)
+    """Exponent that joins memory and arithmetic: 1 where one waits for the other, more the better they overlap."""
+    residual: Residual | None
+    range: dict[Axis, tuple[_Extent, _Extent]]
+    """Smallest and largest of the shapes measured."""
+    interval: Interval
+    n_points: int = Field(ge=1)
+    n_shapes: int = Field(ge=1)
+    roofline: Errors
+    physical: Errors
+    chosen: Errors
+    """The physical part with its correction, where there is one."""
+
+    @model_validator(mode="after")
+    def _ranges(self) -> Group:
+        if set(self.range) != {"rows", "cols", "batch"}:
+            raise ValueError("a range has rows, cols and batch")
+        if any(low > high for low, high in self.range.values()):
+            raise ValueError("the smaller end of a range comes first")
+        return self
+
+
+class FittedCost(Frozen):
+    """A cost model fitted to the measurements of one device."""
+
+    schema_: Literal["simmem.cost/1"] = Field(default="simmem.cost/1", alias="schema")
+    name: _Text
+    """Of the device that was measured."""
+    date: _Text
+    groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=MAX_GROUPS)]
+    left_out: dict[_Text, _Text] = Field(default_factory=dict)
+    """Kinds that were measured and not fitted, and why: those stay with the roofline."""
+
+    @model_validator(mode="after")
+    def _each_once(self) -> FittedCost:
+        keys = [(g.kind, g.dtype, g.agent, g.level, g.threads, g.variant) for g in self.groups]
+        if len(set(keys)) != len(keys):
+            raise ValueError("two groups are of the same ops")
+        return self
+
+    def to_json(self) -> str:
+        """The file's text; reading it gives the same model to the last bit."""
+        return self.model_dump_json(by_alias=True, indent=1) + "\n"
+
+
+def load_cost_model(path: Path) -> FittedCost:
+    """Read a fitted cost model of at most 1 MiB; SpecError, naming file and key, where it is none."""
+    try:
+        if not path.is_file():
+            raise SpecError("is not a file", file=str(path))
+        with path.open("rb") as file:
+            raw = file.read(MAX_FILE_BYTES + 1)
+    except OSError as error:
+        raise SpecError(f"cannot be read: {error.strerror or error}", file=str(path)) from None
+    if len(raw) > MAX_FILE_BYTES:
+        raise SpecError(f"is longer than the {MAX_FILE_BYTES} bytes that a cost model may have", file=str(path))
+    try:
+        data = json.loads(raw.decode("utf-8"), parse_constant=_no_constant,
+                          object_pairs_hook=_each_key_once)
+    except UnicodeDecodeError:
+        raise SpecError("is not UTF-8 text", file=str(path)) from None
+    except RecursionError:
+        raise SpecError("is nested too deeply for a cost model", file=str(path)) from None
+    except ValueError as error:
+        raise SpecError(f"is not valid JSON: {error}", file=str(path)) from None
+    return validate(FittedCost, data, file=str(path))
+
+
+def _no_constant(name: str) -> Any:
+    raise ValueError(f"{name} is not a number of JSON")
+
+
+def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a key stands there twice")
+    return found
