@@ -16,13 +16,15 @@ __all__ = ["predictor_table"]
 def predictor_table(header: TraceHeader) -> Table:
     """A row for every predictor of a trace, those that need no network first; below a share that of the worst layer."""
     table = new_table("predictor", "recall", "precision", "asked", "in vain", "weights", "ppl", left=1)
-    table.columns[0].min_width = 24
+    table.columns[0].min_width = 18
     for row in header.predictors:
         own = parameters(row.params) if row.params else "-"
         quality = "-" if row.quality is None else f"× {number(row.quality.perplexity_ratio)}"
         table.add_row(f"{_name(row)}\n{row.asks}", _spread(row.recall, row.recall_by_layer),
                       _spread(row.precision, row.precision_by_layer), share(row.asked_share),
                       quantity(row.wasted_bytes_per_token, "bytes", 3), own, quality)
+    for column in table.columns[1:]:
+        column.no_wrap = True  # a figure that is cut is another figure
     return table
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from simmem.runtime.probe.journal import Journal, Visit
 from simmem.spec.measurement import Condition, Measurement
 
-__all__ = ["Case", "NotHereError", "Progress", "Run", "Setting", "measure", "spread"]
+__all__ = ["ALWAYS", "Case", "NotHereError", "Progress", "Run", "Setting", "measure", "spread"]
 
 Run = Callable[[], float | None]
 """Does it once. Returns None, and is timed from outside; or the seconds it took, e.g. of CUDA events."""
@@ -29,11 +29,14 @@ Progress = Callable[[int, int, str], None]
 """Visits done, visits in all, what comes next."""
 
 ROUNDS = 5
+ALWAYS = -1
 MIN_SAMPLE_S = 2e-3
 _MAX_CALLS = 100_000
 _MAX_SAMPLES_A_VISIT = 40
 _WARM_SHARE = 4
 _FIRST_ROUND = 1 / 3
+_BRIEF = 0.5
+"""Of its share of the time a first visit takes: it prepares besides, and what it leaves out is never measured."""
 _CLOCK_STEPS = 1000
 """A sample is at least so many steps of the clock long, or its time is refused."""
 
@@ -60,6 +63,7 @@ class Setting:
     scratch_bytes: int = 0
     scratch_direct: bool = False
     seed: int = 0
+    """Of random weights, and of the random shapes of products: another seed draws shapes nobody has seen."""
 
 
 @dataclass(frozen=True)
@@ -79,7 +83,8 @@ class Case:
     weight: float = 1.0
     """Share of the time, relative to other cases."""
     priority: int = 1
-    """Cases of a smaller number come earlier: what a short run has to have."""
+    """Cases of a smaller number come earlier: what a short run has to have. `ALWAYS`: no run leaves it out, so that what
+    is derived from such cases alone rests on the same ones whatever else there was time for."""
     rounds: int | None = None
     """Visits at most; None: as many as there are rounds."""
     refuse: Callable[[float], str | None] | None = None
@@ -104,7 +109,8 @@ def measure(cases: Sequence[Case], budget_s: float, *, journal: Journal | None =
             skipped: dict[str, str] | None = None) -> list[Measurement]:
     """Time every case, in turn, until the budget is spent.
 
-    Cases that the first round has not begun within a third of the budget are left out: what is begun is visited again.
+    Cases that the first round has not begun within a third of the budget are left out, unless their priority is
+    `ALWAYS`: what is begun is visited again. A single round is cut by its budget alone.
 
     Parameters
     ----------
@@ -137,13 +143,15 @@ def measure(cases: Sequence[Case], budget_s: float, *, journal: Journal | None =
         if (number, key) in done:
             continue
         spent = clock() - begun
-        if not is_cut and (number > 0 or spent > _FIRST_ROUND * budget_s):
+        if not is_cut and rounds > 1 and (number > 0 or spent > _FIRST_ROUND * budget_s):
             is_cut = True
             left = sum(states[key].case.weight for item in todo[position:] if item not in done for key in item[1:]
-                       if states[key].visits)
-        if is_cut and not state.visits:
+                       if _goes_on(states[key]))
+        if is_cut and not _goes_on(state):
             continue
         share = max(budget_s - spent, 0.0) * state.case.weight / max(left, 1e-9)
+        if number == 0 and rounds > 1:
+            share *= _BRIEF
         left -= state.case.weight
         if state.skipped is not None or spent > budget_s:
             continue
@@ -160,6 +168,10 @@ def measure(cases: Sequence[Case], budget_s: float, *, journal: Journal | None =
         if journal is not None:
             journal.keep(visit)
     return [_measurement(state, clock) for state in states.values() if state.visits]
+
+
+def _goes_on(state: _State) -> bool:
+    return bool(state.visits) or state.case.priority == ALWAYS
 
 
 def _order(states: Mapping[str, _State], number: int, random: np.random.Generator) -> list[str]:
@@ -180,7 +192,7 @@ def spread(cases: Sequence[Case]) -> list[Case]:
     for case in cases:
         said = case.conditions
         ways.setdefault((case.probe, *map(said.get, ("how", "pattern", "level", "dtype"))), []).append(case)
-    turns = [((1 + place) * (1 + case.priority), place, case) for way in ways.values()
+    turns = [((1 + place) * (1 + max(case.priority, 0)), place, case) for way in ways.values()
              for place, case in enumerate(way[i] for i in sorted(range(len(way)), key=_van_der_corput))]
     return [case for *_, case in sorted(turns, key=lambda turn: turn[:2])]
 

@@ -26,8 +26,8 @@ _SCRATCH_BYTES = {True: 512 << 20, False: 2 << 30}
 _LEAST_SCRATCH_BYTES = 64 << 20
 _ARRAYS_BYTES = {True: 1 << 30, False: 2 << 30}
 _SUSTAINED_SHARE = 0.08
-_RESERVE_SHARE, _RESERVE_S = 0.15, 8.0
-"""Of the time, at most: for fitting and writing."""
+_RESERVE_SHARE, _RESERVE_S = 0.15, {True: 8.0, False: 25.0}
+"""Of the time, at most: for fitting, judging and writing."""
 _STORAGE_WEIGHT = 3.0
 _PRODUCT_ROUNDS = 3
 
@@ -43,6 +43,8 @@ class Asked:
     threads: int | None = None
     device: str | None = None
     """cpu or cuda; None: cuda where there is one."""
+    seed: int = 0
+    """Of the random shapes of products."""
     needs_storage: bool = True
     """Nothing is measured at all where storage cannot be."""
 
@@ -86,13 +88,14 @@ def calibrate(asked: Asked, *, name: str, journal: Callable[[dict[str, Any]], Jo
     threads = asked.threads or machine.usable_cores()
     device = _device(asked.device)
     request = {"mode": "quick" if asked.quick else "full", "threads": threads, "device": device,
-               "scratch": str(asked.scratch.resolve()), "versions": machine.versions()}
+               "seed": asked.seed, "scratch": str(asked.scratch.resolve()), "versions": machine.versions()}
     with ExitStack() as stack:
         kept = journal(request)
         stack.callback(kept.close)
         scratch = stack.enter_context(open_scratch(asked.scratch, asked.scratch_bytes, told.words))
         kept.wrote(scratch.size_bytes)
         said = machine.describe(scratch.volume, threads=threads, device=device)
+        said |= {"seed": asked.seed} if asked.seed else {}
         said["direct_io"] = scratch.why_not_direct or "yes"
         if asked.needs_storage and scratch.volume.in_memory:
             raise CalibrationError(f"{scratch.why_not_direct}; name a folder on a drive", key="--scratch")
@@ -101,7 +104,7 @@ def calibrate(asked: Asked, *, name: str, journal: Callable[[dict[str, Any]], Jo
         setting = _setting(asked, threads, device, scratch)
         load, skipped = Load(), dict[str, str]()
         cases = _cases(setting, scratch)
-        left = asked.total_s - min(_RESERVE_SHARE * asked.total_s, _RESERVE_S) - (time.monotonic() - begun)
+        left = asked.total_s - min(_RESERVE_SHARE * asked.total_s, _RESERVE_S[asked.quick]) - (time.monotonic() - begun)
         lasting = 0.0 if asked.quick else _SUSTAINED_SHARE * asked.total_s
         budget_s = max(left - lasting, 1.0)
         points = measure(cases, budget_s, journal=kept, progress=told.visits, skipped=skipped)
@@ -151,7 +154,7 @@ def _setting(asked: Asked, threads: int, device: str, scratch: Scratch) -> Setti
     return Setting(quick=asked.quick, threads=threads, device=device, cache_bytes=machine.cache_bytes(),
                    memory_bytes=min(_ARRAYS_BYTES[asked.quick], available // 3),
                    scratch_fd=scratch.fd if scratch.direct_fd is None else scratch.direct_fd,
-                   scratch_bytes=scratch.size_bytes, scratch_direct=scratch.direct_fd is not None)
+                   scratch_bytes=scratch.size_bytes, scratch_direct=scratch.direct_fd is not None, seed=asked.seed)
 
 
 def _cases(setting: Setting, scratch: Scratch) -> list[Case]:

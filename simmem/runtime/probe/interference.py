@@ -15,11 +15,12 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 
 import numpy as np
 
 from simmem.runtime.probe.agents import torch_threads
-from simmem.runtime.probe.base import Case, Run, Setting
+from simmem.runtime.probe.base import ALWAYS, Case, Run, Setting
 from simmem.runtime.probe.load import Load
 from simmem.runtime.probe.matmul import ELEMENT_BYTES, Pool
 from simmem.runtime.probe.shapes import Shape
@@ -100,7 +101,11 @@ class Background:
 
 
 def cases(setting: Setting) -> list[Case]:
-    """Products beside reads and copies, and reads beside products."""
+    """Products beside reads and copies, and reads beside products.
+
+    Those with all threads, in bf16, beside small reads are marked: a device's figures are derived from these alone, and
+    a quick run measures no others.
+    """
     pool = Pool(setting.cache_bytes, setting.memory_bytes, seed=setting.seed)
     shape = pool.square()
     if not pool.rotates(shape, "bf16") or setting.memory_bytes < 2 * (pool.weight_bytes + _COPY_BYTES):
@@ -121,7 +126,20 @@ def cases(setting: Setting) -> list[Case]:
         found += [_read_victim(setting, size, depth, {"aggressor": "gemv", "aggressor_threads": n,
                                                       "aggressor_dtype": "bf16"}, [_products(pool, shape, "bf16", n)])
                   for n in every]
-    return found
+    marked = [_marked(c) if _is_reference(c, setting.threads, reads) else c for c in found]
+    return [c for c in marked if c.priority == ALWAYS] if setting.quick else marked
+
+
+def _is_reference(case: Case, threads: int, reads: list[tuple[int, int]]) -> bool:
+    said = case.conditions
+    sizes = {said.get("size_bytes"), said.get("aggressor_size_bytes")} - {None}
+    return (bool(reads) and said["aggressor"] != "memory-copy" and sizes <= {reads[0][0]}
+            and said.get("dtype", "bf16") == "bf16" and {said.get("threads"), said.get("aggressor_threads")} <= {
+                None, threads})
+
+
+def _marked(case: Case) -> Case:
+    return replace(case, conditions={**case.conditions, "reference": True}, priority=ALWAYS)
 
 
 def _product_victim(pool: Pool, shape: Shape, dtype: str, threads: int, aggressor: dict[str, Condition],

@@ -14,10 +14,11 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from typing import Any
 
 from simmem.runtime.probe.agents import Agent, Cpu, fp32_products, torch_threads
-from simmem.runtime.probe.base import Case, NotHereError, Run, Setting
+from simmem.runtime.probe.base import ALWAYS, ROUNDS, Case, NotHereError, Run, Setting
 from simmem.runtime.probe.shapes import STEP, Product, Shape, decoder_shapes, products, random_shapes
 from simmem.runtime.probe.watched import watched
 from simmem.spec.measurement import Condition
@@ -31,7 +32,11 @@ N_SHAPES = 480
 """Shapes of a full run: half of the families are kept to judge a model by, and that shall be 200 and more."""
 MAX_FLOP = {"cpu": 3e9, "cuda": 3e12}
 """Of one product; larger ones would leave no time for others. [FLOP]"""
-_QUICK_SHAPES = 20
+REFERENCE = (Shape(1024, 4096), Shape(2048, 2048), Shape(4096, 1024), Shape(2048, 5632), Shape(4096, 4096))
+"""Sides as decoders of one to eight billion parameters have them: what a machine reaches is derived from these alone,
+so that it does not hang on how many other shapes there was time for."""
+_REFERENCE_FLOP = 2.2e9
+_QUICK_SHAPES = 12
 _EXTRA_SHAPES = 40
 """For precisions that are no better than another for most products, and for a quick run on a GPU."""
 _TORCH = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8",
@@ -244,7 +249,7 @@ def cases(setting: Setting) -> list[Case]:
     decoder = decoder_shapes(pool.weight_bytes / ELEMENT_BYTES["fp32"])
     if setting.quick:
         decoder = decoder[::-(-len(decoder) // _QUICK_SHAPES)]
-    found = _cases(decoder, ways, len(ways), pool, agent)
+    found = _reference(ways, pool, agent) + _cases(decoder, ways, len(ways), pool, agent)
     cached = [s for s in decoder if s.rows * s.cols * ELEMENT_BYTES["fp32"] <= setting.cache_bytes / 2]
     found += [product_case(Product(s, 1, *way), pool, agent, level="cache") for s in cached[::4] for way in ways]
     if not setting.quick:
@@ -255,6 +260,17 @@ def cases(setting: Setting) -> list[Case]:
         found += _cases(some, [("int8", n) for n in every], 1, pool, agent, priority=2)
         # fp16 has a kernel of its own for one token and none worth its name for more.
         found += _cases(some, [("fp16", n) for n in every], 1, pool, agent, priority=2, gemm=False)
+    return found
+
+
+def _reference(ways: Sequence[tuple[str, int]], pool: Pool, agent: Agent) -> list[Case]:
+    """One token, and as many (a power of two) as make some 2 GFLOP."""
+    found = []
+    for shape in REFERENCE:
+        tokens = 2 ** int(math.log2(_REFERENCE_FLOP / (2 * shape.rows * shape.cols)))
+        every = [product_case(Product(shape, batch, *way), pool, agent, priority=ALWAYS)
+                 for way in ways if pool.rotates(shape, way[0]) for batch in (1, tokens)]
+        found += [replace(c, conditions={**c.conditions, "reference": True}, rounds=ROUNDS) for c in every]
     return found
 
 

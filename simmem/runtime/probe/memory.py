@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from simmem.runtime.probe.base import MIN_SAMPLE_S, Case, Setting
+from simmem.runtime.probe.base import ALWAYS, MIN_SAMPLE_S, Case, Setting
 from simmem.runtime.probe.watched import watched
 from simmem.spec.measurement import Condition
 
@@ -46,8 +46,6 @@ def cases(setting: Setting) -> list[Case]:
     stream = _Stream(setting)
     threads = sorted({1, 2, 4, 8, 16, 32, 64, 128, setting.threads})
     some = [n for n in threads if n <= setting.threads]
-    if setting.quick:
-        some = sorted({1, setting.threads})
     cached = int(setting.cache_bytes * _CACHED_SHARE)
     found = [_case(READ, stream, "cache", n, cached) for n in sorted({1, setting.threads})]
     if stream.rotates:
@@ -71,5 +69,5 @@ def _case(probe: str, stream: _Stream, level: str, threads: int, size_bytes: int
         return (lambda: target.copy_(source)) if copies else source.sum
 
     setup, refuse = watched(threads, prepare, sample_s=_SUSTAINED_S if probe == SUSTAINED else MIN_SAMPLE_S)
-    return Case(probe, conditions, setup, bytes=4.0 * length * (2 if copies else 1), requests=1.0, priority=0,
-                refuse=refuse)
+    return Case(probe, conditions, setup, bytes=4.0 * length * (2 if copies else 1), requests=1.0,
+                priority=ALWAYS, refuse=refuse)

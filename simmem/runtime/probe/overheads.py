@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from simmem.runtime.probe.base import Case, Run, Setting
+from simmem.runtime.probe.base import ALWAYS, Case, Run, Setting
 from simmem.runtime.probe.watched import watched
 from simmem.spec.measurement import Condition
 
@@ -27,7 +27,7 @@ _VOCABULARY = 32_000
 def cases(setting: Setting) -> list[Case]:
     """A product too small to take time, a kernel that all threads share, a token chosen, a queue there and back."""
     said: dict[str, Condition] = {"agent": "cpu", "through": "queue"}
-    found = [Case(HAND_OFF, said, _there_and_back, requests=1.0, calls=None, priority=0),
+    found = [Case(HAND_OFF, said, _there_and_back, requests=1.0, calls=None, priority=ALWAYS),
              _case(OP, setting.threads, _tiny_product, op="mm", rows=_TINY, cols=_TINY),
              _case(CHOICE, setting.threads, _choice, vocabulary=_VOCABULARY)]
     return found + [_case(BARRIER, n, _shared_kernel, op="add", elements=_PARALLEL_ELEMENTS)
@@ -36,7 +36,8 @@ def cases(setting: Setting) -> list[Case]:
 
 def _case(probe: str, threads: int, prepare: Callable[[], Callable[[], object]], **said: Condition) -> Case:
     setup, refuse = watched(threads, prepare)
-    return Case(probe, {"agent": "cpu", **said, "threads": threads}, setup, requests=1.0, priority=0, refuse=refuse)
+    return Case(probe, {"agent": "cpu", **said, "threads": threads}, setup, requests=1.0, priority=ALWAYS,
+                refuse=refuse)
 
 
 def _tiny_product() -> Callable[[], object]:

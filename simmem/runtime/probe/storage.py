@@ -18,7 +18,7 @@ from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 
-from simmem.runtime.probe.base import Case, NotHereError, Run
+from simmem.runtime.probe.base import ALWAYS, Case, NotHereError, Run
 from simmem.runtime.probe.scratch import BLOCK_BYTES, Scratch
 from simmem.spec.measurement import Condition, Measurement
 
@@ -57,11 +57,13 @@ def cases(scratch: Scratch, *, quick: bool) -> list[Case]:
                  ("buffered", "sequential", (1,) if quick else (1, 4), 2)]
     ways.append(("cached", "random", (1, 4) if quick else (1, 2, 4, 8), 2))
     for how, pattern, some, priority in ways:
-        found += [_case(READ, scratch, how, pattern, size, depth, priority=priority)
+        always = _QUICK_DEPTHS if how != "buffered" or scratch.direct_fd is None else ()
+        found += [_case(READ, scratch, how, pattern, size, depth,
+                        priority=ALWAYS if size in _QUICK_SIZES and depth in always else priority)
                   for size in (sizes[1:] if quick and how != "direct" else sizes) for depth in some
                   if size * depth <= min(_BUFFERS_BYTES, scratch.size_bytes // 2)]
     return found + [Case(CALL, {"depth": depth}, _setup(scratch, "direct", "random", 0, depth, _SAMPLE_S),
-                         requests=1.0, weight=0.5) for depth in depths]
+                         requests=1.0, weight=0.5, priority=ALWAYS) for depth in depths]
 
 
 def sustained_cases(scratch: Scratch) -> list[Case]:

@@ -1,0 +1,211 @@
+"""Do predictions hold on this machine? Error, ranking, regret and coverage over rows that were run.
+
+Only conclusive rows count, those whose noise floor allows a judgement. Ranking is within a cell, over pairs whose
+times differ by more than the noise of both: which of two equally fast plans is predicted to be faster says nothing.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, Field
+
+from simmem.validation.runs import Condition, Measured, RunRow
+
+__all__ = ["BaselineRow", "CellVerdict", "Gate", "LadderRow", "Summary", "Validation", "judge", "kendall_tau", "regret",
+           "summary_of"]
+
+LEAST_CONCLUSIVE = 0.7
+"""A smaller share of conclusive rows is no basis for a judgement."""
+FEW_ROWS = 34
+"""Of fewer rows, all may lie inside their intervals by chance: 1 / (1 - 97 %)."""
+
+
+class _Part(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", populate_by_name=True)
+
+
+class LadderRow(RunRow):
+    """A plan of the ladder that was run."""
+
+    cell: str
+    """Model, storage and budget: what it is ranked within."""
+    budget_share: float
+    """Of the weights, that the budget holds beside keys, values and activations."""
+    chosen: bool
+    """Is it what simmem's own search answers within the cell?"""
+
+
+class BaselineRow(_Part):
+    """What users run today, which is no plan of simmem: timed, its bytes not judged."""
+
+    id: str
+    model: str
+    weights: str
+    what: str
+    page_cache: Literal["kept", "dropped"]
+    """dropped: emptied before each token, as it is for a model larger than memory."""
+    measured_s: Measured
+    noise_floor: float | None
+    times_fastest: float | None
+    """Its median over that of the fastest plan run for this model within half of the memory."""
+
+
+class CellVerdict(_Part):
+    """Ranking and choice within one cell."""
+
+    cell: str
+    n: int
+    """Conclusive rows."""
+    kendall_tau: float | None
+    """null where no pair differs by more than the noise."""
+    regret: float | None
+    """null where the chosen plan was not run conclusively."""
+    chosen: str | None
+    fastest: str | None
+
+
+class Summary(_Part):
+    """Over conclusive rows."""
+
+    n: int
+    mape: float | None
+    p90_error: float | None
+    kendall_tau: float | None
+    """Over the pairs within all cells together."""
+    regret: float | None
+    """The largest of any cell."""
+    coverage: float | None
+    """Share of rows whose median lies inside the predicted interval."""
+    conclusive_share: float
+
+
+class Gate(_Part):
+    """Something that must hold."""
+
+    name: str
+    value: float | None
+    low: float | None
+    high: float | None
+    status: Literal["pass", "fail", "unknown"]
+    """unknown: there was nothing to judge by."""
+
+
+class Validation(_Part):
+    """`validate --json`."""
+
+    schema_: Literal["simmem.validate/1"] = Field(default="simmem.validate/1", alias="schema")
+    mode: Literal["quick", "full"]
+    device: str
+    date: str
+    took_s: float
+    predictions_sha256: str
+    """Of the file of predictions, written before anything was run."""
+    rows: list[LadderRow]
+    summary: Summary
+    by_storage: dict[str, Summary]
+    cells: list[CellVerdict]
+    gates: list[Gate]
+    baselines: list[BaselineRow]
+    left_out: dict[str, str]
+    """What of the ladder was not run, and why."""
+    conditions: dict[str, Condition]
+
+    @property
+    def failed(self) -> bool:
+        """Did anything that must hold not hold?"""
+        return any(g.status == "fail" for g in self.gates)
+
+    @property
+    def conclusive(self) -> bool:
+        """Were enough rows quiet enough to judge by?"""
+        return self.summary.conclusive_share >= LEAST_CONCLUSIVE
+
+
+def summary_of(rows: Sequence[LadderRow]) -> Summary:
+    """Error, ranking, regret and coverage of rows."""
+    good = _conclusive(rows)
+    errors = np.abs([r.error for r in good])
+    verdicts = _cells(rows)
+    regrets = [v.regret for v in verdicts if v.regret is not None]
+    inside = [r.interval_s[0] <= r.measured_s.median <= r.interval_s[1] for r in good]
+    return Summary(
+        n=len(good), mape=float(errors.mean()) if good else None,
+        p90_error=float(np.quantile(errors, 0.9)) if good else None,
+        kendall_tau=kendall_tau([[r for r in good if r.cell == v.cell] for v in verdicts]),
+        regret=max(regrets, default=None), coverage=float(np.mean(inside)) if good else None,
+        conclusive_share=len(good) / len(rows) if rows else 0.0)
+
+
+def kendall_tau(groups: Sequence[Sequence[LadderRow]]) -> float | None:
+    """Kendall's tau-b of predicted and measured times, over the pairs within groups that differ beyond their noise.
+
+    (C - D) / √((C + D)(C + D + T)) with C pairs in the same order, D in the other and T tied in prediction; pairs that
+    the noise cannot tell apart are left out. None where no pair is left.
+    """
+    same = other = tied = 0
+    for rows in groups:
+        for a, b in itertools.combinations(rows, 2):
+            apart = a.measured_s.median - b.measured_s.median
+            noise = (a.noise_floor or 0.0) * a.measured_s.median + (b.noise_floor or 0.0) * b.measured_s.median
+            if abs(apart) <= noise:
+                continue
+            order = np.sign(apart) * np.sign(a.predicted_s - b.predicted_s)
+            same, other, tied = same + (order > 0), other + (order < 0), tied + (order == 0)
+    if same + other + tied == 0:
+        return None
+    if same + other == 0:
+        return 0.0
+    return float((same - other) / np.sqrt((same + other) * (same + other + tied)))
+
+
+def regret(rows: Sequence[LadderRow]) -> float | None:
+    """How much slower the chosen plan of one cell ran than the fastest that was run, as a share."""
+    good = _conclusive(rows)
+    chosen = [r.measured_s.median for r in good if r.chosen]
+    return chosen[0] / min(r.measured_s.median for r in good) - 1.0 if chosen else None
+
+
+def judge(rows: Sequence[LadderRow]) -> tuple[Summary, dict[str, Summary], list[CellVerdict], list[Gate]]:
+    """Summary of all rows and of each storage, every cell's verdict, and what must hold."""
+    whole = summary_of(rows)
+    by_storage = {name: summary_of([r for r in rows if r.storage == name])
+                  for name in dict.fromkeys(r.storage for r in rows)}
+    moved = [r.bytes.predicted == r.bytes.measured and "bytes" not in r.why for r in rows]
+    real, emulated = by_storage.get("real"), by_storage.get("emulated")
+    gates = [_gate("rows that moved exactly the planned bytes", float(np.mean(moved)) if rows else None, low=1.0)]
+    if real is not None:
+        gates.append(_gate("MAPE, real storage", real.mape, high=0.12))
+    if emulated is not None:
+        gates += [_gate("MAPE, emulated storage", emulated.mape, high=0.08),
+                  _gate("p90 of |error|, emulated storage", emulated.p90_error, high=0.15)]
+    gates += [_gate("Kendall tau-b", whole.kendall_tau, low=0.85), _gate("regret", whole.regret, high=0.05),
+              _gate("coverage of 90 % intervals", whole.coverage, low=0.80,
+                    high=0.97 if whole.n >= FEW_ROWS else None)]
+    return whole, by_storage, _cells(rows), gates
+
+
+def _conclusive(rows: Sequence[LadderRow]) -> list[LadderRow]:
+    return [r for r in rows if r.status != "inconclusive"]
+
+
+def _cells(rows: Sequence[LadderRow]) -> list[CellVerdict]:
+    found = []
+    for name in dict.fromkeys(r.cell for r in rows):
+        mine = [r for r in rows if r.cell == name]
+        good = _conclusive(mine)
+        fastest = min(good, key=lambda r: r.measured_s.median, default=None)
+        found.append(CellVerdict(
+            cell=name, n=len(good), kendall_tau=kendall_tau([good]), regret=regret(mine),
+            chosen=next((r.id for r in mine if r.chosen), None), fastest=None if fastest is None else fastest.id))
+    return found
+
+
+def _gate(name: str, value: float | None, *, low: float | None = None, high: float | None = None) -> Gate:
+    if value is None:
+        return Gate(name=name, value=None, low=low, high=high, status="unknown")
+    inside = (low is None or value >= low) and (high is None or value <= high)
+    return Gate(name=name, value=value, low=low, high=high, status="pass" if inside else "fail")
