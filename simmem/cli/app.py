@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from simmem.cli import judging, listing, machine, planning, running, tracing
+from simmem.cli import judging, listing, machine, planning, running, tracing, validating
 
 __all__ = ["app", "command"]
 
@@ -43,6 +43,7 @@ app.command("import")(tracing.import_log)
 app.command()(tracing.export)
 app.command()(machine.calibrate)
 app.command()(running.run)
+app.command()(validating.validate)
 app.command()(judging.reproduce)
 app.command()(listing.devices)
 app.command()(listing.models)

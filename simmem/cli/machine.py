@@ -26,6 +26,9 @@ def calibrate(
     update: Annotated[bool, typer.Option("--update", help="Refresh what is measured of --out; keep the rest.")] = False,
     threads: Annotated[int | None, typer.Option(help="Threads to measure with; default: all cores.")] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda where there is one.")] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Another draws other random shapes for products.")] = 0,
+    cost_model: Annotated[bool, typer.Option("--cost-model/--no-cost-model",
+                                             help="Fit a cost model too, beside --out.")] = True,
     as_json: Json = False,
 ) -> None:
     """Measure this machine and write a device file to plan with."""
@@ -34,11 +37,12 @@ def calibrate(
     from simmem.units import parse_quantity
 
     given = {"--quick": quick, "--scratch": scratch, "--budget": budget, "--resume": resume, "--raw": raw,
-             "--threads": threads, "--device": device}
+             "--threads": threads, "--device": device, "--seed": seed}
     if source is not None and (both := [name for name, value in given.items() if value]):
         raise SpecError(f"measures nothing, so that {both[0]} means nothing", key="--from")
     seconds = None if budget is None else parse_quantity(budget, "s", key="--budget")
     asked = Asked(quick=quick, budget_s=seconds, scratch=out.parent if scratch is None else scratch, threads=threads,
-                  device=device, needs_storage=not update)
-    found = calibrate_device(out, asked, raw=raw, source=source, compare=compare, update=update, resume=resume)
+                  device=device, needs_storage=not update, seed=seed)
+    found = calibrate_device(out, asked, raw=raw, source=source, compare=compare, update=update, resume=resume,
+                             cost_model=cost_model)
     show_calibration(found, as_json=as_json)

@@ -7,18 +7,19 @@ measured, the fastest counts. A figure that the points do not determine is not c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from simmem.cost.derive_storage import StorageFit, storage_figures
+from simmem.cost.derive_storage import StorageFit, settled, storage_figures
 from simmem.cost.figures import (
     Judged,
     MeasuredFigure,
     of,
     rate_figure,
     rate_of,
+    reference,
     said,
     share_figure,
     sum_figure,
@@ -30,11 +31,14 @@ from simmem.cost.interference import KeptShare, kept_shares
 from simmem.cost.noise import judge
 from simmem.errors import SpecError
 from simmem.spec.base import Kind
-from simmem.spec.measurement import Measurement, Measurements
+from simmem.spec.measurement import Condition, Measurement, Measurements
+from simmem.units import format_quantity
 
 __all__ = ["Derived", "Refused", "derive"]
 
 _LARGE_BATCH = 64
+_AGENT_OF = {"dram": "cpu", "vram": "gpu"}
+_ANY = ("fp32", "bf16")
 _LARGE_BYTES = 4 << 20
 """Products of smaller matrices take about as long as their call."""
 _LARGE_SHARE = 0.1
@@ -72,13 +76,15 @@ def derive(measured: Measurements) -> Derived:
     """
     for number, point in enumerate(measured.points):
         _check(point, f"points.{number}")
-    judged = [(point, judge(point)) for point in measured.points]
+    judged = [(point, judge(settled(point))) for point in measured.points]
     trusted = [(p, j) for p, j in judged if j.refused is None]
-    notes: list[str] = []
+    notes = _lasting(judged)
     storage, fit = storage_figures(trusted, notes)
     figures = [*_of_machine(measured), *_memory(trusted, "cpu", "dram"), *_arithmetic(trusted, "cpu"),
                *_overheads(trusted), *storage, *_memory(trusted, "gpu", "vram"), *_arithmetic(trusted, "gpu"),
                *_copies(trusted), *_launches(trusted), *_interference(kept_shares(measured.points))]
+    doubted = [(p, j) for p, j in judged if j.refused is not None]
+    figures = [_with_doubt(f, doubted, {f.key: f.value for f in figures}) for f in figures]
     if measured.machine.get("virtual") is True:
         notes.append("A virtual machine: its host may cache what the drive reads, and neighbours share both.")
     others = measured.machine.get("cores_used_by_others")
@@ -88,6 +94,20 @@ def derive(measured: Measurements) -> Derived:
     return Derived({f.key: f for f in figures},
                    tuple(Refused(p.probe, said(p), j.refused) for p, j in judged if j.refused is not None),
                    fit, tuple(notes))
+
+
+def _lasting(judged: Sequence[Judged]) -> list[str]:
+    """What the probes that go on without pause found, or why that says nothing."""
+    found = []
+    for probe, what in (("memory-sustained", "Memory"), ("storage-sustained", "Storage")):
+        for point, j in (one for one in judged if one[0].probe == probe):
+            if j.refused is not None:
+                found.append(f"{what}: no sustained rate, {j.refused}.")
+            else:
+                rate = format_quantity(point.bytes / j.median_s, "bytes_per_s")
+                lasted = f" for {point.at_s[-1] - point.at_s[0]:.0f} s" if point.at_s else ""
+                found.append(f"{what} read without pause{lasted} gives {rate} in the later half.")
+    return found
 
 
 # What figures read of a point: words and positive numbers among its conditions, and its own demands.
@@ -147,7 +167,7 @@ def _of_machine(measured: Measurements) -> list[MeasuredFigure]:
 def _memory(trusted: Sequence[Judged], agent: str, memory: str) -> list[MeasuredFigure]:
     streams = {p: max((one for one in of(trusted, p, agent) if one[0].conditions.get("level") == "dram"),
                       key=surely, default=None) for p in ("memory-read", "memory-copy")}
-    products = [one for one in of(trusted, "gemv", agent) if one[0].conditions.get("level") == "dram"]
+    products = reference([one for one in of(trusted, "gemv", agent) if one[0].conditions.get("level") == "dram"])
     found = []
     best = [f for f in streams.values() if f is not None]
     if best:
@@ -166,11 +186,38 @@ def _memory(trusted: Sequence[Judged], agent: str, memory: str) -> list[Measured
     return found if rate is None else [*found, rate]
 
 
+def _with_doubt(figure: MeasuredFigure, doubted: Sequence[Judged], values: Mapping[str, float]) -> MeasuredFigure:
+    """The range of a rate as far as measurements reached that it may not rest on.
+
+    Where other programs take a core, what all threads reach is refused, and what one reaches is all there is: that is
+    no upper end of what the machine does.
+    """
+    kind, name, field, *rest = figure.key.split(".")
+    agent = _AGENT_OF.get(name, name)
+    if (kind, field) not in (("memory", "rate"), ("agent", "rate"), ("agent", "rate_share"), ("agent", "flop_per_s")):
+        return figure
+    probes = {"rate_share": ("gemv",), "flop_per_s": ("gemm",)}.get(
+        field, ("memory-read", "memory-copy") if kind == "memory" else ("memory-read", "gemv"))
+    reached: dict[tuple[str, Condition | None], list[float]] = {}
+    for probe in probes:
+        for p, j in of(doubted, probe, agent):
+            same = probe not in ("gemv", "gemm") or p.conditions.get("reference") is True
+            if same and p.conditions.get("level") == "dram" and p.conditions.get("dtype") in (None, *(rest or _ANY)):
+                reached.setdefault((probe, p.conditions.get("threads")), []).append(
+                    (p.flop if field == "flop_per_s" else p.bytes) / j.p10_s)
+    high = max((float(np.median(speeds)) for speeds in reached.values()), default=0.0)
+    if field == "rate_share":
+        high = min(high / values[f"agent.{name}.rate"], 1.0)
+    if high <= figure.high:
+        return figure
+    return replace(figure, high=high, what=f"{figure.what}; the range goes up to what refused measurements reached")
+
+
 def _arithmetic(trusted: Sequence[Judged], agent: str) -> list[MeasuredFigure]:
     products = [one for one in of(trusted, "gemm", agent) if _tokens(one) >= _LARGE_BATCH]
     found, shares, large = [], [], []
     for dtype in ("fp32", "bf16", "fp16", "int8"):
-        some = [one for one in products if one[0].conditions.get("dtype") == dtype]
+        some = reference([one for one in products if one[0].conditions.get("dtype") == dtype])
         if not some:
             continue
         most = max(p.flop for p, _ in some)
@@ -245,11 +292,13 @@ def _launches(trusted: Sequence[Judged]) -> list[MeasuredFigure]:
 
 
 def _interference(kept: Sequence[KeptShare]) -> list[MeasuredFigure]:
-    """What a product keeps beside reads from storage, and reads beside a product: all that were measured together."""
+    """What a product keeps beside reads from storage, and reads beside a product: of the pair that every run measures,
+    or all that were measured together."""
     who = {"gemv": "cpu", "storage-read": "flash"}
     found = []
     for victim, aggressor in (("gemv", "storage-read"), ("storage-read", "gemv")):
         some = [k for k in kept if k.victim.get("victim") == victim and k.aggressor.get("aggressor") == aggressor]
+        some = [k for k in some if k.aggressor.get("aggressor_reference") is True] or some
         if some:
             value = min(float(np.median([k.share for k in some])), 1.0)
             found.append(MeasuredFigure(f"interference.{who[victim]}.{who[aggressor]}.dram", value,

@@ -8,16 +8,19 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from simmem.cost.figures import Judged, MeasuredFigure, rate_figure, rate_of, said, surely
-from simmem.cost.noise import Judgement, judge
+from simmem.cost.noise import Judgement
 from simmem.cost.surface import ReadPoint, SurfaceFit, fit_surface
 from simmem.spec.base import Kind
 from simmem.spec.measurement import Measurement
 
-__all__ = ["StorageFit", "storage_figures"]
+__all__ = ["StorageFit", "settled", "storage_figures"]
 
 _RESAMPLES = 40
 _FOLDS = 5
 _CACHED_READ_BYTES = 1 << 16
+_LARGE_READ_BYTES = 1 << 20
+_COMMON_SIZES, _COMMON_DEPTHS = (4096, 1 << 16, 1 << 20, 1 << 24), (1, 4, 32)
+"""What every run reads, however short: the highest of some rates is of these, or it would grow with their number."""
 _SETTLED = 0.5
 """The later half of a sustained run is what lasts."""
 
@@ -46,8 +49,9 @@ def storage_figures(trusted: Sequence[Judged], notes: list[str]) -> tuple[list[M
     found = _cached(reads)
     if not random:
         return found, None
-    top = max(direct, key=surely)
-    rate = rate_figure("link.flash.rate", top, f"fastest of {len(direct)} {how} reads: {said(top[0])}")
+    large = _common([one for one in direct if one[0].bytes >= _LARGE_READ_BYTES]) or direct
+    top = max(large, key=surely)
+    rate = rate_figure("link.flash.rate", top, f"fastest of {len(large)} large {how} reads: {said(top[0])}")
     found.append(rate)
     decline = 0.02 if _declines(random) else 1.0
 
@@ -79,13 +83,23 @@ def storage_figures(trusted: Sequence[Judged], notes: list[str]) -> tuple[list[M
                                  Kind.MEASURED, "decline beyond it", n, floor)]
     lasting = next((one for one in trusted if one[0].probe == "storage-sustained"), None)
     if lasting is not None:
-        p, j = lasting
-        late = judge(p.model_copy(update={"samples_s": p.samples_s[int(len(p.samples_s) * _SETTLED):], "at_s": (),
-                                          "runs": ()}))
-        figure = rate_figure("link.flash.sustained_rate", (p, late),
-                             f"the later half of reads without pause, {said(p)}")
-        found.append(replace(figure, noise_floor=j.noise_floor))
+        found.append(rate_figure("link.flash.sustained_rate", lasting,
+                                 f"the later half of reads without pause, {said(lasting[0])}"))
     return found, _held_out(random, fitted, fit)
+
+
+def settled(point: Measurement) -> Measurement:
+    """The later half of what ran without pause: a burst before it is no second mode. Else the point as it is."""
+    if not point.probe.endswith("-sustained"):
+        return point
+    return point.model_copy(update={"samples_s": point.samples_s[int(len(point.samples_s) * _SETTLED):], "at_s": (),
+                                    "runs": ()})
+
+
+def _common(some: Sequence[Judged]) -> list[Judged]:
+    """Those that every run measures; all of them where there are none of those."""
+    return [one for one in some if one[0].bytes in _COMMON_SIZES and one[0].conditions["depth"] in _COMMON_DEPTHS
+            ] or list(some)
 
 
 def _point(point: Measurement, judgement: Judgement) -> ReadPoint:
@@ -130,7 +144,8 @@ def _held_out(random: Sequence[Judged], fitted: Callable[[Sequence[Judged]], Sur
 
 def _cached(reads: Sequence[Judged]) -> list[MeasuredFigure]:
     """The highest rate over depths for each size of at least 64 KiB; their median, and what they span."""
-    held = [one for one in reads if one[0].conditions["how"] == "cached" and one[0].bytes >= _CACHED_READ_BYTES]
+    held = _common([one for one in reads
+                    if one[0].conditions["how"] == "cached" and one[0].bytes >= _CACHED_READ_BYTES])
     best: dict[float, Judged] = {}
     for one in held:
         if one[0].bytes not in best or surely(one) > surely(best[one[0].bytes]):

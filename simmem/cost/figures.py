@@ -12,8 +12,8 @@ from simmem.cost.noise import Judgement
 from simmem.spec.base import Kind
 from simmem.spec.measurement import Measurement
 
-__all__ = ["Judged", "MeasuredFigure", "of", "rate_figure", "rate_of", "said", "share_figure", "sum_figure", "surely",
-           "threads", "top_figure"]
+__all__ = ["Judged", "MeasuredFigure", "of", "rate_figure", "rate_of", "reference", "said", "share_figure",
+           "sum_figure", "surely", "threads", "top_figure"]
 
 Judged = tuple[Measurement, Judgement]
 
@@ -45,6 +45,12 @@ class MeasuredFigure:
 
 def of(trusted: Sequence[Judged], probe: str, agent: str) -> list[Judged]:
     return [(p, j) for p, j in trusted if p.probe == probe and p.conditions.get("agent", "cpu") == agent]
+
+
+def reference(some: Sequence[Judged]) -> list[Judged]:
+    """Those that every run measures, marked `reference`; all of them where too few of those are trusted."""
+    marked = [one for one in some if one[0].conditions.get("reference") is True]
+    return marked if len(marked) >= _ENOUGH else list(some)
 
 
 def rate_of(one: Judged) -> float:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from simmem.cost.conformal import fit_interval
 from simmem.cost.features import Work, feature
@@ -22,7 +23,7 @@ from simmem.cost.fitted import PARTS, joined, physical_s, product_s
 from simmem.cost.holdout import family
 from simmem.cost.noise import judge
 from simmem.cost.residual import fit_residual, is_monotone
-from simmem.errors import CalibrationError, MachineError
+from simmem.errors import CalibrationError, MachineError, SpecError
 from simmem.spec.costmodel import Axis, Errors, FittedCost, Group, Interval, Residual, Term, load_cost_model
 from simmem.spec.measurement import Measurement, Measurements
 from simmem.spec.precision import PRECISIONS, matrix_bytes_per_param
@@ -66,6 +67,8 @@ _VARIANT = ("pinned", "waited", "direction", "pattern", "how")
 """Conditions of moves that make them ops of another kind."""
 _AGENT = {"cuda": "gpu"}
 """What torch calls an agent, and a device file."""
+_MAX_NAME = 200
+_MOST = 1e15
 _OTHER_WIDTHS = {"tf32": 4.0, "fp8": 1.0}
 """Bytes of a parameter at precisions that no plan knows. [B]"""
 
@@ -136,7 +139,7 @@ def fit_cost_model(measurements: Measurements, *, device_agent: str = "cpu") -> 
             left_out[_name(points)] = (f"{len(points)} points of {shapes} shapes; a fit needs {MIN_POINTS} and "
                                        f"{MIN_SHAPES}")
             continue
-        found = _fit_group(points, _floors(points, every))
+        found = _fit_or_why_not(points, _floors(points, every))
         if isinstance(found, str):
             left_out[_name(points)] = found
         else:
@@ -144,13 +147,20 @@ def fit_cost_model(measurements: Measurements, *, device_agent: str = "cpu") -> 
     if not groups:
         raise CalibrationError("no kind of op has enough measurements for a cost model: "
                                + ("; ".join(f"{k}: {v}" for k, v in list(left_out.items())[:3]) or "found none"))
-    return FittedCost(name=measurements.name[:100], date=measurements.date[:40], groups=tuple(groups),
-                      left_out=left_out)
+    try:
+        return FittedCost(name=_plain(measurements.name)[:100], date=_plain(measurements.date)[:40],
+                          groups=tuple(groups), left_out=left_out)
+    except ValidationError as error:  # more kinds than a file may hold
+        raise CalibrationError(f"no cost model holds this: {error.errors(include_url=False)[0]['msg']}") from None
 
 
 def _name(points: Points) -> str:
     parts = (points.kind, points.dtype, points.agent, points.level, f"{points.threads} threads", points.variant)
-    return " ".join(part for part in parts if part)
+    return _plain(" ".join(part for part in parts if part))[:_MAX_NAME]
+
+
+def _plain(text: str) -> str:
+    return "".join(c if c.isprintable() else "?" for c in text)
 
 
 # --- points ---------------------------------------------------------------------------------------------------------
@@ -167,12 +177,22 @@ def points_of(measurements: Measurements, *, device_agent: str = "cpu") -> list[
         judged = judge(point)
         if judged.refused is not None:
             continue
+        _check(point)
         variant = "" if point.probe in PRODUCTS else " ".join(f"{k}={c[k]}" for k in _VARIANT if k in c)
         agent = str(c.get("agent", device_agent))
         key = (point.probe, str(c.get("dtype", "")), _AGENT.get(agent, agent), str(c.get("level", "")),
                int(c.get("threads", 1)), variant)
         found.setdefault(key, []).append((point, judged.median_s, judged.noise_floor))
     return [_points(key, rows, 1 if key[2] == "cpu" else units) for key, rows in sorted(found.items())]
+
+
+def _check(point: Measurement) -> None:
+    for name in (*(_AXES if point.probe in PRODUCTS else ("row_bytes",)), "threads"):
+        value = point.conditions.get(name, 1)
+        if isinstance(value, (bool, str)) or not 1 <= value <= _MOST:
+            raise SpecError(f"a {point.probe} says its {name}, a number from 1 to {_MOST:.0e}", key="conditions")
+    if point.probe == "gemm" and "batch" not in point.conditions:
+        raise SpecError("a gemm says its batch, found none", key="conditions")
 
 
 def _points(key: tuple[str, str, str, str, int, str], rows: Sequence[tuple[Measurement, float, float]], units: int
@@ -287,6 +307,20 @@ def _fit_terms(points: Points, overlap: float) -> _Physical:
     if not kept:
         raise CalibrationError(f"no feature explains the times of {_name(points)}")
     return _Physical(kept, overlap)
+
+
+def _fit_or_why_not(points: Points, floors: tuple[float, float | None]) -> Group | str:
+    """A group, or in words why its points allow none: one kind that defies a fit takes no other with it."""
+    try:
+        return _fit_group(points, floors)
+    except CalibrationError as error:
+        return _plain(error.message)[:_MAX_NAME]
+    except ValidationError as error:
+        first = error.errors(include_url=False)[0]
+        where = ".".join(map(str, first["loc"]))
+        return _plain(f"too noisy: a fit gives {where} {first['input']!r}: {first['msg']}")[:_MAX_NAME]
+    except RuntimeError as error:  # scipy where least squares does not converge
+        return f"too noisy: {error}"[:_MAX_NAME]
 
 
 def _fit_group(points: Points, floors: tuple[float, float | None]) -> Group | str:

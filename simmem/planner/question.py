@@ -125,8 +125,8 @@ def _replay(name: str | None, model: Model, batch: int) -> Replayed | None:
     if opened is not None and opened.header.unit != "ffn-neuron":
         raise TraceError(f"is a routing trace (of {opened.header.unit}s), which `simmem replay` uses; no policy plans "
                          "with it yet", file=name)
-    if opened is None or "concentration" not in opened.header.statistics:  # captured, or like a captured one
-        return Replayed(opened) if opened else None
+    if opened is None or opened.header.kind == "captured" or "concentration" not in opened.header.statistics:
+        return Replayed(opened) if opened else None  # no law: captured, or like a captured one
 
     def vary(figure: str, factor: float) -> Trace:
         activity, concentration = (factor, 1.0) if figure == "active_share" else (1.0, factor)

@@ -10,6 +10,7 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
+from simmem.errors import TraceError
 from simmem.policy.layer_kinds import Layers, layers_of
 from simmem.spec.device import Agent, Device, Link
 from simmem.spec.model import Model
@@ -164,7 +165,11 @@ class Context:
             return self.model.unit_matrices
         header = self.trace.header
         row_bytes = self.model.architecture.d_model * matrix_bytes_per_param(header.unit_precision)
-        return round(header.unit_bytes / row_bytes)
+        matrices, most = round(header.unit_bytes / row_bytes), self.model.unit_matrices
+        if not 1 <= matrices <= most:
+            raise TraceError(f"has units of {header.unit_bytes:g} bytes at {header.unit_precision}; "
+                             f"a neuron of {self.model.name} has 1 to {most} rows of {row_bytes:g}", key=header.name)
+        return matrices
 
     @cached_property
     def unit_params(self) -> int:

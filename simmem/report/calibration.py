@@ -19,13 +19,21 @@ from rich.text import Text
 from simmem.cost.derive import Derived, derive
 from simmem.errors import CalibrationError, SpecError
 from simmem.report.compare import DeviceComparison, compare_devices, print_comparison
+from simmem.report.costfile import (
+    CostModelQuality,
+    FittedCosts,
+    cost_path,
+    cost_table,
+    cost_words,
+    fitted_costs,
+    write_device,
+)
 from simmem.report.devicefile import (
     Change,
     device_name,
     new_tables,
     tables_of,
     to_device,
-    toml_text,
     updated_tables,
 )
 from simmem.report.files import check_writable, write_text
@@ -101,6 +109,8 @@ class CalibrationDocument(_Part):
     figures: list[CalibratedFigure]
     refused: list[RefusedMeasurement]
     storage: StorageQuality | None
+    cost_model: CostModelQuality | None
+    """None where none was asked for."""
     notes: list[str]
     changes: list[FigureChange]
     """With --update: what the file said before."""
@@ -113,8 +123,9 @@ def raw_path(out: Path) -> Path:
 
 
 def calibrate_device(out: Path, asked: Asked, *, raw: Path | None = None, source: Path | None = None,
-                     compare: str | None = None, update: bool = False, resume: bool = False) -> CalibrationDocument:
-    """Measure, or read from `source` what was measured, and write the device file.
+                     compare: str | None = None, update: bool = False, resume: bool = False,
+                     cost_model: bool = True) -> CalibrationDocument:
+    """Measure, or read from `source` what was measured, and write the device file and the cost model that it names.
 
     Raw samples are written first, whatever figures they support; the journal goes when both files are there.
 
@@ -131,6 +142,10 @@ def calibrate_device(out: Path, asked: Asked, *, raw: Path | None = None, source
     kept = raw or source or raw_path(out)
     check_writable(out, inputs=(source, raw), suffix=".toml")
     check_writable(kept)
+    if cost_model:
+        if kept.absolute() == cost_path(out).absolute():
+            raise SpecError(f"is where the cost model of {out} goes", file=str(kept), key="--raw")
+        check_writable(cost_path(out))
     old = tables_of(out) if update else None
     if compare is not None:
         load_device(compare)
@@ -150,6 +165,7 @@ def calibrate_device(out: Path, asked: Asked, *, raw: Path | None = None, source
         journal.discard()
     try:
         derived = derive(measured)
+        costs = None if not cost_model else fitted_costs(measured.model_copy(update={"name": device_name(out)}))
     except SpecError as error:
         error.file = error.file or str(kept)
         raise
@@ -164,13 +180,15 @@ def calibrate_device(out: Path, asked: Asked, *, raw: Path | None = None, source
     else:
         tables, changes = updated_tables(old, derived, named)
     device = to_device(tables, file=str(out))
-    write_text(out, toml_text(tables))
-    return _document(out, kept, named, derived, device, changes, time.monotonic() - begun,
+    if costs is not None:
+        costs = costs.of_agents(set(tables["agent"]))
+    write_device(out, tables, None if costs is None else costs.model)
+    return _document(out, kept, named, derived, device, changes, costs, time.monotonic() - begun,
                      None if compare is None else compare_devices(str(out.absolute()), compare))
 
 
 def _document(out: Path, raw: Path, measured: Measurements, derived: Derived, device: Device, changes: list[Change],
-              took_s: float, comparison: DeviceComparison | None) -> CalibrationDocument:
+              costs: FittedCosts | None, took_s: float, comparison: DeviceComparison | None) -> CalibrationDocument:
     dimensions = {key: figure.dimension for key, figure in device.figures().items()}
     figures = sorted((CalibratedFigure(
         key=f.key, dimension=dimensions.get(f.key, "ratio"), value=f.value, range_90=(f.low, f.high), spread=f.spread,
@@ -185,6 +203,7 @@ def _document(out: Path, raw: Path, measured: Measurements, derived: Derived, de
         storage=None if fit is None else StorageQuality(
             points=fit.points, quiet_points=fit.quiet, held_out_median_error=fit.median_error,
             undetermined=list(fit.undetermined)),
+        cost_model=None if costs is None else costs.said(cost_path(out)),
         notes=list(derived.notes), comparison=comparison,
         changes=[FigureChange(key=c.key, before=c.before, after=c.after) for c in changes])
 
@@ -240,8 +259,13 @@ def show_calibration(found: CalibrationDocument, *, as_json: bool) -> None:
     out.print()
     if found.storage is not None:
         out.print(_storage(found.storage))
+    if found.cost_model is not None:
+        out.print(cost_words(found.cost_model))
     for note in found.notes:
         out.print(Text(note))
+    if found.cost_model is not None and found.cost_model.held_out:
+        out.print()
+        out.print(cost_table(found.cost_model))
     if found.refused:
         out.print()
         section(out, "Refused", _refused(found.refused))

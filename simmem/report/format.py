@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from rich.console import Console, RenderableType
 from rich.padding import Padding
 from rich.table import Table
@@ -46,7 +48,7 @@ def quantity(value: float, dimension: str, digits: int = 4) -> str:
 
 def number(value: float, digits: int = 4) -> str:
     """A plain number to `digits` significant ones; whole numbers in full."""
-    return f"{value:.0f}" if value == int(value) else f"{value:.{digits}g}"
+    return f"{value:.0f}" if math.isfinite(value) and value == int(value) else f"{value:.{digits}g}"
 
 
 def parameters(n: int | None) -> str:

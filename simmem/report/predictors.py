@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rich.table import Table
+from rich.text import Text
 
 from simmem.report.format import new_table, number, parameters, quantity, share
 from simmem.trace import TraceHeader
@@ -20,7 +21,7 @@ def predictor_table(header: TraceHeader) -> Table:
     for row in header.predictors:
         own = parameters(row.params) if row.params else "-"
         quality = "-" if row.quality is None else f"× {number(row.quality.perplexity_ratio)}"
-        table.add_row(f"{_name(row)}\n{row.asks}", _spread(row.recall, row.recall_by_layer),
+        table.add_row(Text(f"{_name(row)}\n{row.asks}"), _spread(row.recall, row.recall_by_layer),
                       _spread(row.precision, row.precision_by_layer), share(row.asked_share),
                       quantity(row.wasted_bytes_per_token, "bytes", 3), own, quality)
     for column in table.columns[1:]:

@@ -40,10 +40,11 @@ def _printed() -> dict[str, type[BaseModel]]:
     from simmem.report.compare import DeviceComparison
     from simmem.validation.reference import Reproduction
     from simmem.validation.runs import RunRow
+    from simmem.validation.verdict import Validation
 
     return {
         "plan": Plan, "error": documents.ErrorDocument, "simulation": Simulation, "run": RunRow,
-        "reproduce": Reproduction,
+        "reproduce": Reproduction, "validate": Validation,
         "replay": documents.ReplayDocument, "trace": TraceHeader, "devices": documents.DeviceList,
         "models": documents.ModelList, "traces": documents.TraceList, "policies": documents.PolicyList,
         "device-sheet": documents.DeviceSheet, "device-comparison": DeviceComparison,

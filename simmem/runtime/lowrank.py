@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 __all__ = ["RIDGE", "FfnInputs", "LowRank", "LowRankHooks", "Moments", "scores_of", "solve", "tensors_of"]
 
 RIDGE = 0.1
+_FLOOR = 1e-7
+"""Of the mean square of an input: what the rounding of its float32 products amounts to."""
 
 
 @dataclass(frozen=True)
@@ -78,9 +80,10 @@ def solve(moments: Moments, rank: int) -> tuple[NDArray[np.float32], NDArray[np.
     covariance = moments.xx / n - torch.outer(mean_x, mean_x)
     cross = moments.xy / n - torch.outer(mean_x, mean_y)
     d = len(mean_x)
-    ridge = RIDGE * float(covariance.trace()) / d
+    rounding = _FLOOR * float(moments.xx.trace()) / (n * d) + torch.finfo(torch.float32).tiny
+    ridge = max(RIDGE * float(covariance.trace()) / d, rounding)  # inputs that are all alike vary by rounding alone
     values, vectors = torch.linalg.eigh(covariance)
-    whiten = vectors / (values.clamp(min=0.0) + ridge).clamp(min=torch.finfo(values.dtype).tiny).sqrt()
+    whiten = vectors / (values.clamp(min=0.0) + ridge).sqrt()
     whitened = whiten.T @ cross
     left = torch.linalg.eigh(whitened @ whitened.T)[1].flip(1)[:, :min(rank, d)]
     first, second = whiten @ left, left.T @ whitened

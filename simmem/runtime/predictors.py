@@ -181,7 +181,7 @@ def predictor_rows(model: LoadedModel, trace: Trace, request: Request, fitted: S
 def _fit(model: LoadedModel, ids: Ids, request: Request, thresholds: NDArray[np.float32] | None, say: Progress,
          max_bytes: int) -> Arrays:
     n_layers, n_units, d = len(model.blocks), model.n_units, model.d_model
-    cut = max(round(FITTED_SHARE * ids.size), 1)
+    cut = min(max(round(FITTED_SHARE * ids.size), 1), ids.size - 1)
     window, recall = request.passes(model).window, request.recall or 1.0
     aheads = LOW_RANK_LAYERS_AHEAD if "low-rank" in request.predictors else ()
     gate, own = "gate" in request.predictors, request.criterion in ("gate", "relu-zero")

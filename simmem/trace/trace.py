@@ -89,7 +89,7 @@ class Predictor(Frozen):
     """What is read for one unit that it asks for, at the trace's `unit_precision`. [B]"""
     wasted_bytes_per_token: float = Field(ge=0)
     """Units asked for in vain, nothing being cached. [B]"""
-    params: int = Field(default=0, ge=0)
+    params: int = Field(default=0, ge=0, le=1 << 62)
     """Its own parameters, which stay in memory."""
     params_share: Share = 0.0
     """The same as a share of the model's."""

@@ -20,7 +20,7 @@ from simmem.policy.base import KnobValue, policy_named
 from simmem.spec.device import Device
 from simmem.validation.runs import Storage, with_storage_of
 
-__all__ = ["POLICIES", "Cell", "Climbed", "Rung", "Step", "cells", "climb", "rungs"]
+__all__ = ["POLICIES", "Cell", "Climbed", "Rung", "Step", "cells", "climb", "fit_rung", "rungs"]
 
 POLICIES = ("resident", "stream", "flash-window")
 """What the choice of a cell is made from."""
@@ -111,9 +111,11 @@ def rungs(*, quick: bool, emulated: bool) -> tuple[Rung, ...]:
     every = (
         Rung("naive", "stream", {**nothing, "prefetch_layers": 0}),
         stream("hybrid"),
-        window("windowed", 4, bundled=False),
-        window("bundled", 4),
-        window("bundled-threads", _READERS),
+        window("predicted", tokens=0, bundled=False),
+        window("windowed", bundled=False),
+        window("bundled"),
+        window("windowed-4-readers", 4, bundled=False, **more),
+        window("bundled-4-readers", 4, **more),
         Rung("layer-stream", "stream", {**nothing, "prefetch_layers": 1}, **more),  # type: ignore[arg-type]
         stream("hybrid-ahead", ahead=1, **more),
         stream("hybrid-1-reader", 1, **more),
@@ -125,11 +127,10 @@ def rungs(*, quick: bool, emulated: bool) -> tuple[Rung, ...]:
         window("window-8", tokens=8, **full),
         window("window-24", tokens=24, **full),
         window("bundled-1-reader", 1, **full),
-        window("bundled-8", 8, **full),
-        window("bundled-64", 64, **full),
-        window("split-threads", bundled=False, **full),
+        window("bundled-8-readers", 8, **full),
+        window("bundled-64-readers", 64, **full),
         stream("hybrid-ahead-2", ahead=2, **full),
-        stream("hybrid-8", 8, **full),
+        stream("hybrid-8-readers", 8, **full),
         Rung("quarter", "stream", {"reader_threads": _READERS, "resident_ratio": 0.25, "prefetch_layers": 0},
              **full))  # type: ignore[arg-type]
     return tuple(r for r in every if not quick or (r.quick and (r.emulated or not emulated)))
@@ -178,7 +179,7 @@ def climb(cell: Cell, ladder: Sequence[Rung]) -> Climbed:
     left_out: dict[str, str] = {}
     for rung in ladder:
         try:
-            candidate = _candidate(cell, rung, agent)
+            candidate = fit_rung(cell, rung)
         except SpecError as error:
             left_out[f"{cell.name}/{rung.name}"] = str(error)
             continue
@@ -196,12 +197,15 @@ def climb(cell: Cell, ladder: Sequence[Rung]) -> Climbed:
     return Climbed(tuple(steps), left_out)
 
 
-def _candidate(cell: Cell, rung: Rung, agent: str) -> Candidate | None:
-    """The plan of a rung with the largest value of its knob that fits; None where none does."""
+def fit_rung(cell: Cell, rung: Rung) -> Candidate | None:
+    """The plan of a rung with the largest value of its knob that fits; None where none does.
+
+    What the rung does not name: the processor computes, from storage, and other knobs take their default.
+    """
     policy, context = policy_named(rung.policy), cell.question.context(cell.weights)
-    fixed = {"agent": agent, **rung.knobs}
+    fixed: dict[str, object] = {"agent": str(context.host_agent), **rung.knobs}
     if rung.policy == "stream":
-        fixed["source_tier"] = "storage"
+        fixed.setdefault("source_tier", "storage")
     found: list[tuple[float, Candidate]] = []
     for block in blocks(policy, context, fixed, defaults=True):
         for index in np.flatnonzero(capacity_cut(policy, context, block).fits).tolist():
@@ -213,7 +217,8 @@ def _candidate(cell: Cell, rung: Rung, agent: str) -> Candidate | None:
 
 def _choice(cell: Cell, agent: str) -> Candidate:
     """What the planner's own search answers within the cell, on the processor and from storage."""
-    asked, found = cell.question, []
+    asked = cell.question
+    found: list[Candidate] = []
     for name in POLICIES:
         fixed: dict[str, object] = {"agent": agent}
         if name == "stream":

@@ -15,13 +15,18 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from simmem.validation.runs import Condition, Measured, RunRow
 
-__all__ = ["BaselineRow", "CellVerdict", "Gate", "LadderRow", "Summary", "Validation", "judge", "kendall_tau", "regret",
-           "summary_of"]
+__all__ = ["BaselineRow", "CellVerdict", "Gate", "LadderRow", "StepRatio", "Summary", "Validation", "judge",
+           "kendall_tau", "regret", "step_ratios", "summary_of"]
 
 LEAST_CONCLUSIVE = 0.7
 """A smaller share of conclusive rows is no basis for a judgement."""
 FEW_ROWS = 34
 """Of fewer rows, all may lie inside their intervals by chance: 1 / (1 - 97 %)."""
+
+
+PUBLISHED_MODEL = "opt-6.7b"
+PUBLISHED_IO_S = {"naive": 2.196, "hybrid": 1.090, "predicted": 0.738, "windowed": 0.164, "bundled": 0.087}
+"""Seconds of reading per token, OPT-6.7B in 16 bits on an M1 Max: LLM in a flash, arXiv 2312.11514v3, Table 2. [s]"""
 
 
 class _Part(BaseModel):
@@ -68,6 +73,20 @@ class CellVerdict(_Part):
     fastest: str | None
 
 
+class StepRatio(_Part):
+    """How much of the reading time of naive loading is left after a published step, within one cell."""
+
+    cell: str
+    step: str
+    predicted: float
+    measured: float
+    error: float
+    """predicted / measured - 1"""
+    published: float | None
+    """On another machine; null for other models than the published one."""
+    conclusive: bool
+
+
 class Summary(_Part):
     """Over conclusive rows."""
 
@@ -108,6 +127,7 @@ class Validation(_Part):
     summary: Summary
     by_storage: dict[str, Summary]
     cells: list[CellVerdict]
+    steps: list[StepRatio]
     gates: list[Gate]
     baselines: list[BaselineRow]
     left_out: dict[str, str]
@@ -169,10 +189,30 @@ def regret(rows: Sequence[LadderRow]) -> float | None:
     return chosen[0] / min(r.measured_s.median for r in good) - 1.0 if chosen else None
 
 
+def step_ratios(rows: Sequence[LadderRow]) -> list[StepRatio]:
+    """Reading time of the published steps over that of naive loading, predicted and measured."""
+    found = []
+    for verdict in _cells(rows):
+        named = {r.id.rsplit("/", 1)[1]: r for r in rows if r.cell == verdict.cell}
+        times = {step: next(((p.predicted_s, p.measured_s) for p in named[step].phases if p.name == "flash"), None)
+                 for step in PUBLISHED_IO_S if step in named}
+        naive = times.get("naive")
+        for step, took in times.items():
+            if step == "naive" or naive is None or took is None:
+                continue
+            predicted, measured = took[0] / naive[0], took[1] / naive[1]
+            is_published = named[step].model == PUBLISHED_MODEL
+            found.append(StepRatio(
+                cell=verdict.cell, step=step, predicted=predicted, measured=measured, error=predicted / measured - 1,
+                published=PUBLISHED_IO_S[step] / PUBLISHED_IO_S["naive"] if is_published else None,
+                conclusive="inconclusive" not in (named[step].status, named["naive"].status)))
+    return found
+
+
 def judge(rows: Sequence[LadderRow]) -> tuple[Summary, dict[str, Summary], list[CellVerdict], list[Gate]]:
     """Summary of all rows and of each storage, every cell's verdict, and what must hold."""
     whole = summary_of(rows)
-    by_storage = {name: summary_of([r for r in rows if r.storage == name])
+    by_storage: dict[str, Summary] = {name: summary_of([r for r in rows if r.storage == name])
                   for name in dict.fromkeys(r.storage for r in rows)}
     moved = [r.bytes.predicted == r.bytes.measured and "bytes" not in r.why for r in rows]
     real, emulated = by_storage.get("real"), by_storage.get("emulated")
@@ -185,6 +225,13 @@ def judge(rows: Sequence[LadderRow]) -> tuple[Summary, dict[str, Summary], list[
     gates += [_gate("Kendall tau-b", whole.kendall_tau, low=0.85), _gate("regret", whole.regret, high=0.05),
               _gate("coverage of 90 % intervals", whole.coverage, low=0.80,
                     high=0.97 if whole.n >= FEW_ROWS else None)]
+    reached = [p.predicted_s / p.measured_s for r in _conclusive(rows) if r.storage == "real"
+               and r.id.endswith("/naive") for p in r.phases if p.name == "flash" and p.measured_s > 0]
+    if reached:
+        gates.append(_gate("share of the calibrated storage rate, naive loading", min(reached), low=0.9))
+    published = [abs(s.error) for s in step_ratios(rows) if s.published is not None and s.conclusive]
+    if published:
+        gates.append(_gate("largest error of a published step's I/O ratio", max(published), high=0.15))
     return whole, by_storage, _cells(rows), gates
 
 

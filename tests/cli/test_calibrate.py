@@ -10,12 +10,16 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 
+from simmem.cost.regression import fit_cost_model
+from simmem.errors import SpecError
+from simmem.report.costfile import cost_path, write_device
 from simmem.runtime.probe import calibrate as calibrating
 from simmem.runtime.probe.machine import volume
 from simmem.spec.device import load_device
-from simmem.spec.measurement import load_measurements
+from simmem.spec.measurement import Measurement, load_measurements
 from tests.cli.running import Simmem, problems_of
 from tests.measurements import SURFACE, measurements
 
@@ -81,6 +85,58 @@ def test_raw_samples_make_a_device_that_plans_and_says_what_was_measured(tmp_pat
     assert simulated["measured"] == here
     assert simmem("plan", "--device", "cloud-vm", "--model", "opt-125m", "--policy", "resident", "--json"
                   ).document["evidence"]["measured"] is None
+
+
+def test_a_cost_model_is_fitted_judged_and_named(tmp_path: Path, raw: Path, simmem: Simmem) -> None:
+    out = tmp_path / "mine.toml"
+    few = simmem("calibrate", "--from", raw, "--out", out, "--json").document["cost_model"]
+    assert few["written"] is None and "measurements for a cost model" in few["why_not"]
+    assert "No cost model: no kind of op" in " ".join(simmem("calibrate", "--from", raw, "--out", out).out.split())
+    assert names(tmp_path) == {"raw.json", "mine.toml"}
+
+    enough = measurements()
+    enough = enough.model_copy(update={"points": (*enough.points, *products(150))})
+    raw.write_text(enough.model_dump_json(by_alias=True), encoding="utf-8")
+    found = simmem("calibrate", "--from", raw, "--out", out, "--json").document["cost_model"]
+    assert names(tmp_path) == {"raw.json", "mine.toml", "mine.cost.json"}
+    assert found["written"] == str(tmp_path / "mine.cost.json") and found["why_not"] is None
+    *_, every = found["held_out"]
+    assert every["kind"] == "all" and 40 < every["n"] < 110
+    assert every["median"] < 0.04 < every["roofline_median"] and 0.8 < every["coverage"] <= 1
+    device = load_device(str(out))
+    assert device.cost_model is not None and {g.kind for g in device.cost_model.groups} == {"gemv"}
+    ended = simmem("calibrate", "--from", raw, "--out", out, "--update")
+    assert ended.code == 0 and "gemv fp32 2 thr" in ended.out and max(map(len, ended.out.splitlines()[:-1])) <= 80
+    ended = simmem("calibrate", "--from", raw, "--out", tmp_path / "none.toml", "--no-cost-model", "--json")
+    assert ended.document["cost_model"] is None and not (tmp_path / "none.cost.json").exists()
+    ended = simmem("calibrate", "--from", tmp_path / "mine.cost.json", "--out", out)
+    assert ended.code == 2 and load_device(str(out)).cost_model == device.cost_model
+
+
+def products(n: int) -> list[Measurement]:
+    """Of one token: bytes at a rate, and 50 ns a row, 3 % of scatter from shape to shape."""
+    rng = np.random.default_rng(4)
+    found = []
+    for rows, cols in 64 * rng.integers(4, 80, (n, 2)):
+        seconds = (4.0 * rows * cols / 17e9 + 50e-9 * rows) * rng.lognormal(0, 0.03)
+        found.append(Measurement(
+            probe="gemv", conditions={"agent": "cpu", "level": "dram", "threads": 2, "dtype": "fp32", "rows": int(rows),
+                                      "cols": int(cols), "batch": 1}, flop=2.0 * rows * cols, bytes=4.0 * rows * cols,
+            requests=1, samples_s=tuple(seconds * rng.lognormal(0, 0.01, 9)), runs=(3, 3, 3)))
+    return found
+
+
+def test_a_device_file_and_its_cost_model_are_written_both_or_neither(tmp_path: Path) -> None:
+    model = fit_cost_model(measurements().model_copy(update={"points": tuple(products(40))}))
+    out = tmp_path / "mine.toml"
+    out.mkdir()  # cannot be written to
+    with pytest.raises(SpecError):
+        write_device(out, {"name": "x"}, model)
+    assert names(tmp_path) == {"mine.toml"}
+    cost_path(out).write_text("as before", encoding="utf-8")
+    with pytest.raises(SpecError):
+        write_device(out, {"name": "x"}, model)
+    assert cost_path(out).read_text(encoding="utf-8") == "as before" and len(names(tmp_path)) == 2
 
 
 def test_compare_and_update(tmp_path: Path, raw: Path, simmem: Simmem) -> None:

@@ -220,6 +220,23 @@ def test_the_gate_asks_for_what_lies_above_its_threshold() -> None:
         assert mine[asked[:, layer]].min() > mine[~asked[:, layer]].max()
 
 
+def test_two_tokens_fit_a_map_and_a_threshold() -> None:
+    trace = capture_from(make("llama"), PROSE, **{**BOTH, "predictor_tokens": 2})
+    assert all(row.asked_share > 0 for row in trace.header.predictors), "not one that never asks for anything"
+
+
+@pytest.mark.parametrize("value", [0.0, 1.7])
+def test_inputs_that_are_all_alike_give_a_map_of_finite_numbers(value: float) -> None:
+    """The embedding of a text of one token: what is asked for is then what is active most often."""
+    rng = np.random.default_rng(0)
+    y = torch.from_numpy(rng.random((500, 9)) < np.linspace(0, 1, 9)).float()
+    moments = Moments(4, 9, torch.device("cpu"))
+    moments.add(torch.full((500, 4), value), y)
+    first, second, bias = solve(moments, 2)
+    score = np.full(4, value, np.float32) @ first @ second + bias
+    np.testing.assert_allclose(score, y.mean(dim=0).numpy(), atol=1e-3)
+
+
 @pytest.mark.parametrize(("family", "asked"), [
     ("opt", {"criterion": "relu-zero", "predictors": ("low-rank",)}),
     ("gemma3", {"criterion": "top-k", "predictors": ("low-rank", "gate"), "decode": True}),

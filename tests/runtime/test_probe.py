@@ -18,6 +18,7 @@ from simmem.errors import MachineError, SpecError
 from simmem.runtime.probe import base, machine, scratch, storage
 from simmem.runtime.probe.base import Case, NotHereError, Run, measure, spread
 from simmem.runtime.probe.journal import Journal, Visit, journal_path
+from simmem.runtime.probe.shapes import decoder_shapes, random_shapes
 from simmem.spec.measurement import Measurement
 
 MIB = 1 << 20
@@ -63,6 +64,33 @@ def test_the_budget_is_kept_and_what_is_begun_is_visited_again() -> None:
     assert {m.probe for m in found} >= {c.probe for c in cases if c.priority == 0}
     assert len(found) < len(cases)
     assert all(len(m.runs) >= 3 for m in found)
+
+
+def test_what_every_run_has_is_not_left_out() -> None:
+    clock = Clock()
+    cases = [clock.case(f"c{i}", 0.1, priority=base.ALWAYS if i % 8 == 5 else i % 3) for i in range(80)]
+    found = {m.probe: m for m in measure(cases, 12.0, clock=clock)}
+    assert len(found) < len(cases)
+    assert all(len(found[c.probe].runs) >= 3 for c in cases if c.priority == base.ALWAYS)
+
+
+def test_what_lasts_is_measured_after_all_the_rest(tmp_path: Path) -> None:
+    """It begins when most of the time is spent, and still has its own."""
+    clock, journal = Clock(), Journal(tmp_path / "d.partial", {})
+    measure([clock.case("short", 0.01)], 30.0, clock=clock, journal=journal)
+    past_s = journal.visits[-1].ended_s
+    found = measure([clock.case(name, 0.5) for name in "ab"], past_s + 20.0, rounds=1, clock=clock, journal=journal)
+    assert [len(m.samples_s) >= 15 for m in found] == [True, True]
+    assert found[0].at_s[0] >= past_s
+    journal.discard()
+
+
+def test_another_seed_draws_shapes_nobody_has_seen() -> None:
+    known = decoder_shapes(1 << 22)
+    one, other = (random_shapes(200, seed=seed, other_than=known, max_elements=1 << 22) for seed in (0, 1))
+    assert one == random_shapes(200, seed=0, other_than=known, max_elements=1 << 22)
+    sides = {frozenset(s) for s in (*known, *one)}
+    assert sum(frozenset(s) not in sides for s in other) > 150
 
 
 def test_quick_calls_are_many_and_what_cannot_be_done_is_said() -> None:

@@ -160,6 +160,30 @@ def test_what_is_refused_or_too_little_is_not_fitted() -> None:
         fit_cost_model(measured(few))
 
 
+def test_a_kind_too_noisy_to_fit_takes_no_other_with_it() -> None:
+    rng = np.random.default_rng(9)
+    sound = [point(r, c, 1, gemv_s(r, c)) for r, c in shapes(40)]
+    wild = [point(r, c, 1, gemv_s(r, c) * math.exp(rng.normal(0, 12))) for r, c in shapes(40)]
+    wild = [p.model_copy(update={"conditions": {**p.conditions, "threads": 2}}) for p in wild]
+    data = measured(sound + wild).model_copy(update={"date": "today\x1b[2J"})
+    model = fit_cost_model(data)
+    assert [(g.kind, g.threads) for g in model.groups] == [("gemv", 1)]
+    (why,) = model.left_out.values()
+    assert "too noisy" in why
+    assert FittedCost.model_validate_json(model.to_json()) == model
+    with pytest.raises(CalibrationError, match="too noisy"):
+        fit_cost_model(measured(wild))
+
+
+@pytest.mark.parametrize(("change", "says"), [
+    ({"threads": "two"}, "threads"), ({"batch": 0}, "batch"), ({"rows": 10**30}, "rows"), ({"batch": None}, "batch")])
+def test_products_that_do_not_say_what_they_are_are_refused(change: dict[str, Any], says: str) -> None:
+    one = point(64, 64, 4, 1e-3)
+    conditions = {k: v for k, v in {**one.conditions, **change}.items() if v is not None}
+    with pytest.raises(SpecError, match=says):
+        fit_cost_model(measured([one.model_copy(update={"conditions": conditions})]))
+
+
 # ------------------------------------------------------------------------------------------------------- correction
 
 

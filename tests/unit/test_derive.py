@@ -43,6 +43,38 @@ def test_figures_are_near_the_truth_and_their_ranges_hold_it() -> None:
     assert 0.8 <= found["agent.cpu.flop_share"].value <= 1.0
 
 
+def test_figures_do_not_hang_on_how_much_there_was_time_for() -> None:
+    """A short run measures some sizes and shapes of a long one; what it derives from the common ones is the same."""
+    long = measurements()
+    rng = np.random.default_rng(3)
+    of_shape = [p for p in long.points if p.probe in ("gemv", "gemm")]
+    marked = tuple(p.model_copy(update={"conditions": {**p.conditions, "reference": True}}) for p in of_shape)
+    luckier = tuple(p.model_copy(update={"samples_s": tuple(s / rng.uniform(1, 1.5) for s in p.samples_s)})
+                    for p in of_shape for _ in range(20))
+    cached = [p for p in long.points if p.conditions.get("how") == "cached"]
+    smaller = tuple(p.model_copy(update={"conditions": {**p.conditions, "size_bytes": n, "depth": 2}, "bytes": n})
+                    for p in cached for n in (1 << 18, 1 << 22))  # in the same time: other rates
+    others = tuple(p for p in long.points if p not in of_shape)
+    short = long.model_copy(update={"points": (*others, *marked)})
+    long = long.model_copy(update={"points": (*luckier, *others, *smaller, *marked)})
+    assert derive(short).figures == derive(long).figures
+
+
+def test_a_burst_before_what_lasts_is_no_second_mode() -> None:
+    measured = measurements()
+    at = next(i for i, p in enumerate(measured.points) if p.probe == "storage-sustained")
+    point = measured.points[at]
+    slower = tuple(s * (0.5 if k < 8 else 1.0) for k, s in enumerate(point.samples_s))
+    points = [p.model_copy(update={"samples_s": slower}) if i == at else p for i, p in enumerate(measured.points)]
+    derived = derive(measured.model_copy(update={"points": tuple(points)}))
+    assert derived.figures["link.flash.sustained_rate"].value == pytest.approx(2.1e9, rel=0.1)
+    assert any("Storage read without pause for 19 s gives" in note for note in derived.notes)
+    points[at] = point.model_copy(update={"refused": "the drive was gone"})
+    derived = derive(measured.model_copy(update={"points": tuple(points)}))
+    assert "link.flash.sustained_rate" not in derived.figures
+    assert "Storage: no sustained rate, the drive was gone." in derived.notes
+
+
 def test_the_surface_is_judged_on_points_it_was_not_fitted_to() -> None:
     fit = derive(measurements()).storage
     assert fit is not None and fit.points == 49

@@ -12,14 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from simmem.errors import SpecError, TraceError
+from simmem.errors import InfeasiblePlanError, SpecError, TraceError
 from simmem.planner.api import answer
 from simmem.planner.bound import lower_bound
 from simmem.planner.candidate import blocks
-from simmem.planner.question import Question
+from simmem.planner.question import Question, _replay
 from simmem.planner.replan import read_plan, resimulate
 from simmem.policy.base import policy_named
 from simmem.policy.context import Context, Replayed
+from simmem.report.format import console
+from simmem.report.predictors import predictor_table
 from simmem.spec import load_device, load_model
 from simmem.spec.workload import Workload
 from simmem.trace.bits import words_of
@@ -164,6 +166,31 @@ def test_a_file_that_asks_for_units_it_has_not_or_says_more_than_it_holds(tmp_pa
         load_trace_file(tmp_path / "t.safetensors")
 
 
+@pytest.mark.parametrize("unit_bytes", [1e-300, 1.0, 1e5, 1e300])
+def test_units_of_a_size_that_no_neuron_has_are_refused(unit_bytes: float) -> None:
+    trace = a_trace(drawn(0.2), {("gate", 0): drawn(0.3, 1)})
+    said = trace.header.predictors[0].model_copy(update={"unit_bytes": unit_bytes})
+    context = context_of(replace(trace, header=trace.header.model_copy(update={"predictors": (said,)})))
+    with pytest.raises(TraceError, match="a neuron of small has 1 to 2 rows"):
+        answer(question_of(context, {"predictor": "gate"}, policy_names=("flash-window",)))
+
+
+def test_a_captured_trace_that_claims_a_law_has_none(tmp_path: Path) -> None:
+    trace = a_trace(drawn(0.2))
+    header = trace.header.model_copy(update={"statistics": {"concentration": 0.5}})
+    save_trace(replace(trace, header=header), tmp_path / "t.safetensors")
+    assert _replay(str(tmp_path / "t.safetensors"), MODEL, 1).ends == {}  # type: ignore[union-attr]
+
+
+def test_what_a_file_says_of_a_predictor_is_shown_as_it_stands(capsys: pytest.CaptureFixture[str]) -> None:
+    header = a_trace(drawn(0.2), {("gate", 0): drawn(0.3, 1)}).header
+    endless = Quality(text="a text", tokens=9, dense_perplexity=1e-308, sparse_perplexity=1e308)
+    said = header.predictors[0].model_copy(update={"asks": "[/foo] [red]b", "quality": endless})
+    console().print(predictor_table(header.model_copy(update={"predictors": (said,)})))
+    shown = capsys.readouterr().out
+    assert "[/foo] [red]b" in shown and "× inf" in shown
+
+
 # --- plans --------------------------------------------------------------------------------------------------------
 
 
@@ -189,7 +216,11 @@ def test_a_plan_reads_what_the_predictor_asks_for(share: float) -> None:
         block = same_knobs(policy, context, {**knobs, "prefetch_layers": ahead})
         read, expected = (policy.decode(c, block, rows).timed_bytes["link.flash"] for c in (context, alone))
         np.testing.assert_array_equal(read, expected)
-        assert policy.report(context, block, rows)["perplexity_ratio"] == pytest.approx(1.2)
+        said = policy.report(context, block, rows)
+        if ahead == 1:
+            assert said["perplexity_ratio"] == pytest.approx(1.2)
+        else:
+            assert said["perplexity_ratio"] is None and "3 layer(s) ahead was not measured" in said["quality_source"]
     notes = policy.report(context, block, rows)["notes"]
     assert any("finds" in note for note in notes) and any("not measured" in note for note in notes)
     assert policy.footprint(context, block) == policy.footprint(alone, block)
@@ -230,6 +261,9 @@ def test_the_quality_bound_knows_the_predictors_apart() -> None:
     plan = answer(question_of(context, {}, max_quality_loss=0.15, policy_names=("flash-window",)))
     assert plan.policy.knobs["prefetch_layers"] == 0, "one layer ahead costs a fifth"
     assert plan.quality.perplexity_ratio == pytest.approx(1.1)
+    farther = {"predictor": "low-rank", "prefetch_layers": 2}
+    with pytest.raises(InfeasiblePlanError, match="an unknown amount"):  # though one ahead keeps to it
+        answer(question_of(context, farther, max_quality_loss=0.3, policy_names=("flash-window",)))
 
 
 def test_a_predictor_that_the_trace_lacks_is_refused_in_one_line() -> None:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from simmem.policy.base import Block, Knob, KnobValue
 from simmem.policy.context import Context
 
-__all__ = ["as_known", "predictor_knobs", "said_of_predictor", "unmeasured"]
+__all__ = ["as_known", "predictor_knobs", "said_of_predictor", "unknown_cost", "unmeasured"]
 
 
 def predictor_knobs(context: Context) -> tuple[Knob, Knob]:
@@ -36,6 +36,14 @@ def unmeasured(context: Context, structural: Mapping[str, KnobValue]) -> bool:
     ahead, name = structural["prefetch_layers"], structural["predictor"]
     measured = {p.layers_ahead or 0 for p in context.fitted if p.name == name} or {0}
     return name != "none" and ahead not in measured
+
+
+def unknown_cost(context: Context, block: Block) -> str | None:
+    """Why nobody knows what following a fitted predictor costs; None where it was measured, or is the trace's own."""
+    name, ahead = str(block.structural["predictor"]), block.structural["prefetch_layers"]
+    if all(p.name != name for p in context.fitted) or not unmeasured(context, block.structural):
+        return None
+    return f"the cost of asking the {name} predictor {ahead} layer(s) ahead was not measured"
 
 
 def as_known(context: Context, block: Block) -> Context:

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from simmem.policy.base import Block, Knob, KnobValue, Placement, register
 from simmem.policy.context import Context
 from simmem.policy.families._dense import agent_knob, depths
-from simmem.policy.families._predicted import as_known, predictor_knobs, said_of_predictor, unmeasured
+from simmem.policy.families._predicted import as_known, predictor_knobs, said_of_predictor, unknown_cost, unmeasured
 from simmem.policy.layers import Demands, UnitDemands, decode_schedule, prefill_schedule
 from simmem.schedule import Schedule
 from simmem.trace.replay import shrink_to_capacity
@@ -381,7 +381,8 @@ class FlashWindow:
         return [p for p in found if p.bytes > 0]
 
     def report(self, context: Context, block: Block, rows: NDArray[np.int64]) -> dict[str, Any]:
-        said, context = said_of_predictor(context, block), as_known(context, block)
+        said, unknown = said_of_predictor(context, block), unknown_cost(context, block)
+        context = as_known(context, block)
         cache = self._cache(context, block)
         trace = context.trace
         assert trace is not None
@@ -422,8 +423,8 @@ class FlashWindow:
                               "bytes_per_token": float(new.mean() * context.unit_bytes)}},
             "active_share": {str(block.structural["agent"]): 1.0},
             "notes": notes,
-            "perplexity_ratio": 1.0 if none else (quality.perplexity_ratio if quality else None),
-            "quality_source": "dense: no work is dropped" if none else (
+            "perplexity_ratio": 1.0 if none else (quality.perplexity_ratio if quality and not unknown else None),
+            "quality_source": "dense: no work is dropped" if none else unknown or (
                 f"{quality.text}, {quality.tokens} tokens" if quality else None),
             "held_share": float(cache.held_units[0][rows].mean() / context.table.n_units),
         }

@@ -88,7 +88,8 @@ def mapped_token_s(task: Task, file: Path, page_cache: PageCache, *, threads: in
 
         session.drive(decoder, task.lead + task.n_tokens, position=seen - 1, after=after)
         del session, memory, decoder  # the mapping can be closed only when nothing points into it
-    return np.array(ended[task.lead:]) - np.array(begun[task.lead - 1:-1])
+    took: Array = np.array(ended[task.lead:]) - np.array(begun[task.lead - 1:-1])
+    return took
 
 
 @contextlib.contextmanager

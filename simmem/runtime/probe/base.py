@@ -34,8 +34,8 @@ MIN_SAMPLE_S = 2e-3
 _MAX_CALLS = 100_000
 _MAX_SAMPLES_A_VISIT = 40
 _WARM_SHARE = 4
-_FIRST_ROUND = 1 / 3
-_BRIEF = 0.5
+_FIRST_ROUND, _ALWAYS_ROUND = 1 / 3, 1 / 2
+_BRIEF = 0.25
 """Of its share of the time a first visit takes: it prepares besides, and what it leaves out is never measured."""
 _CLOCK_STEPS = 1000
 """A sample is at least so many steps of the clock long, or its time is refused."""
@@ -83,8 +83,8 @@ class Case:
     weight: float = 1.0
     """Share of the time, relative to other cases."""
     priority: int = 1
-    """Cases of a smaller number come earlier: what a short run has to have. `ALWAYS`: no run leaves it out, so that what
-    is derived from such cases alone rests on the same ones whatever else there was time for."""
+    """Cases of a smaller number come earlier: what a short run has to have. `ALWAYS`: left out only by a run far too
+    short, so that what is derived from such cases alone rests on the same ones whatever else there was time for."""
     rounds: int | None = None
     """Visits at most; None: as many as there are rounds."""
     refuse: Callable[[float], str | None] | None = None
@@ -109,8 +109,8 @@ def measure(cases: Sequence[Case], budget_s: float, *, journal: Journal | None =
             skipped: dict[str, str] | None = None) -> list[Measurement]:
     """Time every case, in turn, until the budget is spent.
 
-    Cases that the first round has not begun within a third of the budget are left out, unless their priority is
-    `ALWAYS`: what is begun is visited again. A single round is cut by its budget alone.
+    Cases that the first round has not begun within a third of the budget, half of it where their priority is `ALWAYS`,
+    are left out: what is begun is visited again. A single round is cut by its budget alone.
 
     Parameters
     ----------
@@ -146,8 +146,9 @@ def measure(cases: Sequence[Case], budget_s: float, *, journal: Journal | None =
         if not is_cut and rounds > 1 and (number > 0 or spent > _FIRST_ROUND * budget_s):
             is_cut = True
             left = sum(states[key].case.weight for item in todo[position:] if item not in done for key in item[1:]
-                       if _goes_on(states[key]))
-        if is_cut and not _goes_on(state):
+                       if states[key].visits or states[key].case.priority == ALWAYS)
+        if is_cut and not (state.visits or _is_in_time(state.case, number, spent, budget_s)):
+            left -= state.case.weight if state.case.priority == ALWAYS else 0.0
             continue
         share = max(budget_s - spent, 0.0) * state.case.weight / max(left, 1e-9)
         if number == 0 and rounds > 1:
@@ -170,8 +171,8 @@ def measure(cases: Sequence[Case], budget_s: float, *, journal: Journal | None =
     return [_measurement(state, clock) for state in states.values() if state.visits]
 
 
-def _goes_on(state: _State) -> bool:
-    return bool(state.visits) or state.case.priority == ALWAYS
+def _is_in_time(case: Case, number: int, spent_s: float, budget_s: float) -> bool:
+    return case.priority == ALWAYS and number == 0 and spent_s <= _ALWAYS_ROUND * budget_s
 
 
 def _order(states: Mapping[str, _State], number: int, random: np.random.Generator) -> list[str]:

@@ -139,7 +139,8 @@ def _is_reference(case: Case, threads: int, reads: list[tuple[int, int]]) -> boo
 
 
 def _marked(case: Case) -> Case:
-    return replace(case, conditions={**case.conditions, "reference": True}, priority=ALWAYS)
+    mark: dict[str, Condition] = {} if case.conditions["aggressor"] == "none" else {"aggressor_reference": True}
+    return replace(case, conditions={**case.conditions, **mark}, priority=ALWAYS)
 
 
 def _product_victim(pool: Pool, shape: Shape, dtype: str, threads: int, aggressor: dict[str, Condition],

@@ -30,13 +30,14 @@ ROTATION = 4
 """Last-level caches that calls go through before they come back to the same weights."""
 N_SHAPES = 480
 """Shapes of a full run: half of the families are kept to judge a model by, and that shall be 200 and more."""
-MAX_FLOP = {"cpu": 3e9, "cuda": 3e12}
+MAX_FLOP = {"cpu": 2e9, "cuda": 3e12}
 """Of one product; larger ones would leave no time for others. [FLOP]"""
 REFERENCE = (Shape(1024, 4096), Shape(2048, 2048), Shape(4096, 1024), Shape(2048, 5632), Shape(4096, 4096))
 """Sides as decoders of one to eight billion parameters have them: what a machine reaches is derived from these alone,
 so that it does not hang on how many other shapes there was time for."""
 _REFERENCE_FLOP = 2.2e9
-_QUICK_SHAPES = 12
+_QUICK_SHAPES = 4
+"""A cost model takes ten times as many: a quick run needs the reference."""
 _EXTRA_SHAPES = 40
 """For precisions that are no better than another for most products, and for a quick run on a GPU."""
 _TORCH = {"fp32": "float32", "tf32": "float32", "bf16": "bfloat16", "fp16": "float16", "int8": "int8",
@@ -255,7 +256,7 @@ def cases(setting: Setting) -> list[Case]:
     if not setting.quick:
         random = random_shapes(N_SHAPES - len(decoder), seed=setting.seed, other_than=decoder,
                                max_elements=pool.weight_bytes / 8)
-        found += _cases(random, ways, 2, pool, agent, priority=2)
+        found += _cases(random, ways, len(ways), pool, agent, priority=2)
         some = decoder[::-(-len(decoder) // _EXTRA_SHAPES)]
         found += _cases(some, [("int8", n) for n in every], 1, pool, agent, priority=2)
         # fp16 has a kernel of its own for one token and none worth its name for more.
@@ -270,7 +271,7 @@ def _reference(ways: Sequence[tuple[str, int]], pool: Pool, agent: Agent) -> lis
         tokens = 2 ** int(math.log2(_REFERENCE_FLOP / (2 * shape.rows * shape.cols)))
         every = [product_case(Product(shape, batch, *way), pool, agent, priority=ALWAYS)
                  for way in ways if pool.rotates(shape, way[0]) for batch in (1, tokens)]
-        found += [replace(c, conditions={**c.conditions, "reference": True}, rounds=ROUNDS) for c in every]
+        found += [replace(c, conditions={**c.conditions, "reference": True}, rounds=ROUNDS, weight=2.0) for c in every]
     return found
 
 

@@ -7,10 +7,13 @@ once for each side: a copy of n bytes moves 2 n, and what a cache reads before i
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
-from simmem.runtime.probe.base import ALWAYS, MIN_SAMPLE_S, Case, Setting
+from simmem.runtime.probe.agents import torch_threads
+from simmem.runtime.probe.base import ALWAYS, Case, Run, Setting
 from simmem.runtime.probe.watched import watched
 from simmem.spec.measurement import Condition
 
@@ -59,6 +62,22 @@ def sustained_cases(setting: Setting) -> list[Case]:
     return [_case(SUSTAINED, stream, "dram", setting.threads, stream.size_bytes)] if stream.rotates else []
 
 
+@contextmanager
+def _stretches(threads: int, prepare: Callable[[], Callable[[], object]]) -> Iterator[Run]:
+    """Seconds of a call, over half a second of them."""
+    with torch_threads(threads):
+        step = prepare()
+
+        def run() -> float:
+            begin, calls = time.perf_counter(), 0
+            while (took := time.perf_counter() - begin) < _SUSTAINED_S or not calls:
+                step()
+                calls += 1
+            return took / calls
+
+        yield run
+
+
 def _case(probe: str, stream: _Stream, level: str, threads: int, size_bytes: int) -> Case:
     copies = probe == COPY
     length = min(size_bytes, stream.size_bytes) // 4
@@ -68,6 +87,11 @@ def _case(probe: str, stream: _Stream, level: str, threads: int, size_bytes: int
         source, target = (array[:length] for array in stream.arrays())
         return (lambda: target.copy_(source)) if copies else source.sum
 
-    setup, refuse = watched(threads, prepare, sample_s=_SUSTAINED_S if probe == SUSTAINED else MIN_SAMPLE_S)
+    setup: Callable[[], AbstractContextManager[Run]]
+    refuse: Callable[[float], str | None] | None
+    setup, refuse = watched(threads, prepare)
+    if probe == SUSTAINED:
+        # No half second passes without some other thread's turn: what that costs is in what lasts, and in its noise.
+        setup, refuse = (lambda: _stretches(threads, prepare)), None
     return Case(probe, conditions, setup, bytes=4.0 * length * (2 if copies else 1), requests=1.0,
                 priority=ALWAYS, refuse=refuse)

@@ -28,7 +28,10 @@ def watched(threads: int, prepare: Callable[[], Callable[[], object]], *, sample
             step = prepare()
             if not calls:
                 step()
-                calls.append(int(min(max(sample_s / min(watch.time(step, 1) for _ in range(3)), 1), _MAX_CALLS)))
+                took = watch.time(step, 1)
+                if took < sample_s:  # else one call it is, and more of them would only cost time
+                    took = min(took, watch.time(step, 1), watch.time(step, 1))
+                calls.append(int(min(max(sample_s / took, 1), _MAX_CALLS)))
                 watch.samples = watch.disturbed = 0
             yield lambda: watch.time(step, calls[0])
 
