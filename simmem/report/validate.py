@@ -59,7 +59,7 @@ class Length:
     """Budgets as shares of the weights."""
 
 
-QUICK = Length(270.0, 50.0, 25.0, 0.8, (4, 24), ("smollm2-135m", "opt-125m"), (0.75, 1.0))
+QUICK = Length(280.0, 75.0, 25.0, 0.8, (4, 24), ("smollm2-135m", "opt-125m"), (0.75, 1.0))
 FULL = Length(1700.0, 240.0, 150.0, 2.5, (6, 48), ("smollm2-135m", "opt-1.3b"), (0.5, 0.75, 1.0))
 
 
