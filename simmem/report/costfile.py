@@ -25,37 +25,12 @@ from simmem.spec.costmodel import FittedCost
 from simmem.spec.measurement import Measurements
 from simmem.validation.costs import CostRow, judge_costs
 
-__all__ = ["MIN_JUDGED", "CostModelQuality", "FittedCosts", "HeldOutCosts", "cost_path", "cost_table", "cost_words",
+__all__ = ["MIN_JUDGED", "CostModelQuality", "FittedCosts", "cost_path", "cost_table", "cost_words",
            "fitted_costs", "write_device"]
 
 
 MIN_JUDGED = 40
 """Of fewer the coverage of a 90 % interval is not known to 5 points (one deviation)."""
-
-
-class HeldOutCosts(Frozen):
-    """Errors on products of shapes that the judged model was not fitted to; shares of the measured time."""
-
-    kind: str
-    dtype: str
-    level: str
-    threads: int | None
-    """None: all of them together."""
-    n: int
-    shapes: int
-    median: float
-    p90: float
-    coverage: float
-    """Share of the points inside the 90 % interval."""
-    half_width: float
-    half_width_over_median: float | None
-    """None where the median error is nothing."""
-    roofline_median: float
-    roofline_p90: float
-    extrapolated: int
-    """Points outside the range of what was fitted."""
-    corrected: bool | None
-    """Whether a correction of the physical terms was worth keeping; None for all of them together."""
 
 
 class CostModelQuality(Frozen):
@@ -65,7 +40,7 @@ class CostModelQuality(Frozen):
     """The file, beside the device file; None where there is none."""
     why_not: str | None
     groups: int
-    held_out: tuple[HeldOutCosts, ...]
+    held_out: tuple[CostRow, ...]
     """By kind, then of all products together."""
     left_out: dict[str, str]
     """Kinds that stay with the roofline, and why."""
@@ -77,7 +52,7 @@ class FittedCosts:
 
     model: FittedCost | None
     why_not: str | None
-    held_out: tuple[HeldOutCosts, ...] = ()
+    held_out: tuple[CostRow, ...] = ()
     left_out: tuple[tuple[str, str], ...] = ()
 
     def of_agents(self, agents: set[str]) -> FittedCosts:
@@ -116,17 +91,8 @@ def fitted_costs(measured: Measurements) -> FittedCosts:
         return FittedCosts(None, f"{report.all_products.n} products of unseen shapes can be trusted, and judging takes "
                                  f"{MIN_JUDGED}")
     return FittedCosts(model, None,
-                       tuple(_held_out(row) for row in (*report.rows, report.all_products)),
+                       (*report.rows, report.all_products),
                        tuple(sorted(model.left_out.items())))
-
-
-def _held_out(row: CostRow) -> HeldOutCosts:
-    return HeldOutCosts(
-        kind=row.kind, dtype=row.dtype, level=row.level, threads=row.threads, n=row.n, shapes=row.shapes,
-        median=row.median, p90=row.p90, coverage=row.coverage, half_width=row.half_width,
-        half_width_over_median=row.half_width_over_median if row.median > 0 else None,
-        roofline_median=row.roofline_median, roofline_p90=row.roofline_p90, extrapolated=row.n_extrapolated,
-        corrected=row.corrected)
 
 
 def write_device(out: Path, tables: dict[str, Any], model: FittedCost | None) -> None:
@@ -169,7 +135,7 @@ def cost_table(found: CostModelQuality) -> Table:
     """The held-out errors by kind."""
     table = new_table("held-out products", "n", "median", "p90", "inside 90 %", "± half / median", "roofline")
     for row in found.held_out:
-        ratio = "" if row.half_width_over_median is None else f"{row.half_width_over_median:.1f}"
+        ratio = f"{row.half_width_over_median:.1f}"
         threads = "" if row.threads is None else f" {row.threads} thr"
         level = "" if row.level in ("", "dram") else f" {row.level}"
         name = f"{row.kind} {row.dtype}{level}{threads}".strip() + (" *" if row.corrected else "")

@@ -21,6 +21,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.errors import MachineError, SpecError
+from simmem.runtime.resuming import first_difference
 from simmem.trace.trace import digest_of
 
 __all__ = ["Arrays", "Partial", "discard", "partial_folder"]
@@ -80,7 +81,8 @@ class Partial:
             raise SpecError("holds an unfinished capture; --resume goes on with it, or remove the folder to begin anew",
                             file=str(folder))
         elif found != json.loads(json.dumps(document)):
-            raise SpecError(f"holds an unfinished capture of another request: {_first_difference(found, document)}",
+            difference = first_difference(found.get("request"), request)
+            raise SpecError(f"holds an unfinished capture of another request: {difference}",
                             file=str(folder), key="--resume")
 
     def note(self, name: str, document: dict[str, Any]) -> None:
@@ -190,15 +192,3 @@ def _chunk(index: int) -> str:
 
 def _digests(arrays: Arrays) -> dict[str, str]:
     return {name: f"{array.dtype.str} {digest_of(array)}" for name, array in arrays.items()}
-
-
-def _first_difference(found: dict[str, Any], asked: dict[str, Any]) -> str:
-    before, now = found.get("request"), asked["request"]
-    if not isinstance(before, dict):
-        return "its manifest has none"
-    key = next((k for k in sorted({*before, *now}) if before.get(k) != now.get(k)), "schema")
-    return f"{key} was {_shown(before.get(key))}, now {_shown(now.get(key))}"
-
-
-def _shown(value: Any) -> str:
-    return "".join(c if c.isprintable() else "?" for c in repr(value))[:60]

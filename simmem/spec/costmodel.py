@@ -7,14 +7,13 @@ never negative, perhaps a smooth correction, the range that the measurements cov
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from simmem.errors import SpecError
 from simmem.spec.base import Frozen, validate
+from simmem.spec.jsonfile import read_json
 
 __all__ = [
     "Axis",
@@ -200,33 +199,5 @@ class FittedCost(Frozen):
 
 def load_cost_model(path: Path) -> FittedCost:
     """Read a fitted cost model of at most 1 MiB; SpecError, naming file and key, where it is none."""
-    try:
-        if not path.is_file():
-            raise SpecError("is not a file", file=str(path))
-        with path.open("rb") as file:
-            raw = file.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise SpecError(f"cannot be read: {error.strerror or error}", file=str(path)) from None
-    if len(raw) > MAX_FILE_BYTES:
-        raise SpecError(f"is longer than the {MAX_FILE_BYTES} bytes that a cost model may have", file=str(path))
-    try:
-        data = json.loads(raw.decode("utf-8"), parse_constant=_no_constant,
-                          object_pairs_hook=_each_key_once)
-    except UnicodeDecodeError:
-        raise SpecError("is not UTF-8 text", file=str(path)) from None
-    except RecursionError:
-        raise SpecError("is nested too deeply for a cost model", file=str(path)) from None
-    except ValueError as error:
-        raise SpecError(f"is not valid JSON: {error}", file=str(path)) from None
+    data = read_json(path, what="a cost model", max_bytes=MAX_FILE_BYTES)
     return validate(FittedCost, data, file=str(path))
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number of JSON")
-
-
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        raise ValueError("a key stands there twice")
-    return found

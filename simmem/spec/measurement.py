@@ -6,14 +6,13 @@ noise floors, device figures and fitted cost models are derived from it and can 
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import Field, PositiveFloat
 
-from simmem.errors import SpecError
 from simmem.spec.base import Frozen, validate
+from simmem.spec.jsonfile import read_json
 
 __all__ = ["CALIBRATED", "Condition", "Measurement", "Measurements", "load_measurements"]
 
@@ -67,17 +66,5 @@ class Measurements(Frozen):
 
 def load_measurements(path: Path) -> Measurements:
     """Read a file of measurements of at most 64 MiB; every failure is one clear `SpecError`."""
-    try:
-        if not path.is_file():
-            raise SpecError("is not a file" if path.exists() else "no such file of measurements", file=str(path))
-        with path.open("rb") as stream:
-            raw = stream.read(MAX_FILE_BYTES + 1)
-    except OSError as error:
-        raise SpecError(f"cannot be read: {error.strerror or error}", file=str(path)) from None
-    if len(raw) > MAX_FILE_BYTES:
-        raise SpecError(f"is longer than the {MAX_FILE_BYTES} bytes that measurements may take", file=str(path))
-    try:
-        data = json.loads(raw)
-    except (ValueError, RecursionError):
-        raise SpecError("is not JSON", file=str(path)) from None
+    data = read_json(path, what="a file of measurements", max_bytes=MAX_FILE_BYTES)
     return validate(Measurements, data, file=str(path))

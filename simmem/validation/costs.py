@@ -58,7 +58,7 @@ class CostRow(Frozen):
     @property
     def half_width_over_median(self) -> float:
         """Median half-width over the median error; 2.44 where errors are normal and alike."""
-        return self.half_width / self.median
+        return self.half_width / self.median if self.median > 0 else float("inf")
 
 
 class CostReport(Frozen):

@@ -308,7 +308,7 @@ HOSTILE = {
     "a key twice": ('{"schema": 1, "schema": 1}', "twice"),
     "deep": ("[" * 100_000, "nested too deeply"),
     "long": (" " * (1 << 20) + "{}", "longer than"),
-    "a list": ("[]", "valid dictionary"),
+    "a list": ("[]", "expected an object"),
     "no text": (b"\xff\xfe{}", "not UTF-8"),
 }
 

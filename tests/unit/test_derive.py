@@ -148,10 +148,10 @@ def test_raw_samples_read_back_and_hostile_files_are_refused(tmp_path: Path) -> 
     assert load_measurements(path) == measured
     assert isinstance(load_measurements(path), Measurements)
     good = path.read_text(encoding="utf-8")
-    for bad, says in (("{", "is not JSON"), ("[" * 200_000, "is not JSON"), ("{}", "is missing"),
+    for bad, says in (("{", "is not valid JSON"), ("[" * 200_000, "is nested too deeply"), ("{}", "is missing"),
                       (good.replace('"probe":"gemv"', '"prob":"gemv"', 1), "is not a key"),
                       (good.replace('"samples_s":[', '"samples_s":[-1.0,', 1), "greater than 0"),
-                      (good.replace('"samples_s":[', '"samples_s":[NaN,', 1), "samples_s")):
+                      (good.replace('"samples_s":[', '"samples_s":[NaN,', 1), "NaN is not a number")):
         path.write_text(bad, encoding="utf-8")
         with pytest.raises(SpecError, match=says):
             load_measurements(path)

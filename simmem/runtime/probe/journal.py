@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from simmem.errors import MachineError, SpecError
+from simmem.runtime.resuming import first_difference
 
 __all__ = ["Journal", "Visit", "journal_path"]
 
@@ -166,12 +167,4 @@ def _difference(found: str, asked: str) -> str:
         before = json.loads(found).get("request")
     except (ValueError, AttributeError, RecursionError):
         before = None
-    if not isinstance(before, dict):
-        return "its first line is damaged"
-    now = json.loads(asked)["request"]
-    key = next((k for k in sorted({*before, *now}) if before.get(k) != now.get(k)), "schema")
-    return f"{key} was {_shown(before.get(key))}, now {_shown(now.get(key))}"
-
-
-def _shown(value: Any) -> str:
-    return "".join(c if c.isprintable() else "?" for c in repr(value))[:60]
+    return first_difference(before, json.loads(asked)["request"])

@@ -203,7 +203,7 @@ def _graphed(product: Product, pool: Pool, agent: Agent, level: str) -> Callable
             step = _call(product, pool, level)
             try:
                 step()
-            except (RuntimeError, NotImplementedError) as error:
+            except RuntimeError as error:
                 if product.dtype not in _SMALLEST_BATCH:
                     raise
                 raise NotHereError(f"{product.dtype} products: {str(error).splitlines()[0]}") from None

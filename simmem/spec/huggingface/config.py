@@ -12,8 +12,9 @@ from typing import Any
 
 from simmem.spec.base import validate
 from simmem.spec.huggingface.families import FAMILIES, WRAPPERS
-from simmem.spec.huggingface.keys import Keys, read_json
+from simmem.spec.huggingface.keys import MAX_CONFIG_BYTES, Keys
 from simmem.spec.huggingface.quantized import file_bytes
+from simmem.spec.jsonfile import read_json
 from simmem.spec.model import Model
 
 __all__ = ["model_from_config"]
@@ -35,7 +36,7 @@ def model_from_config(path: Path) -> Model:
         Naming file, key, what was found and what was expected: no JSON object of at most 16 MiB, a value of the
         wrong kind or size, a family that is not known, no decoder, or one that cannot be described exactly.
     """
-    top = Keys(read_json(path), path)
+    top = Keys(read_json(path, what="a configuration", max_bytes=MAX_CONFIG_BYTES), path)
     top.expect("is_encoder_decoder", False, None)
     for name in (top.words("architectures") or ()) if top.says("architectures") else ():
         if _NOT_A_DECODER.search(name):

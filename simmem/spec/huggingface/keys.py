@@ -6,71 +6,20 @@ end), and every value is checked when it is read, so that each problem is one li
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from simmem.errors import SpecError
+from simmem.spec.jsonfile import shown
 
-__all__ = ["MAX_CONFIG_BYTES", "Keys", "read_json"]
+__all__ = ["MAX_CONFIG_BYTES", "Keys"]
 
 MAX_CONFIG_BYTES = 16 << 20
 MAX_LAYERS = 1000
 MAX_WIDTH = 1_000_000
 MAX_COUNT = 1_000_000_000
-_DIGITS = 18
-"""Longest whole number that is parsed; Python needs quadratic time for longer ones."""
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file of at most 16 MiB holds; every failure is one clear `SpecError`."""
-    try:
-        if not path.is_file():
-            raise SpecError("is not a file", file=str(path))
-        with path.open("rb") as file:
-            raw = file.read(MAX_CONFIG_BYTES + 1)
-    except OSError as error:
-        raise SpecError(f"cannot be read: {error.strerror or error}", file=str(path)) from None
-    if len(raw) > MAX_CONFIG_BYTES:
-        raise SpecError(f"is longer than the {MAX_CONFIG_BYTES} bytes that a configuration may have", file=str(path))
-    try:
-        found = json.loads(raw.decode("utf-8"), object_pairs_hook=_each_key_once, parse_constant=_no_constant,
-                           parse_int=_short_int)
-    except UnicodeDecodeError:
-        raise SpecError("is not UTF-8 text", file=str(path)) from None
-    except RecursionError:
-        raise SpecError("is nested too deeply for a configuration", file=str(path)) from None
-    except ValueError as error:
-        raise SpecError(f"is not valid JSON: {error}", file=str(path)) from None
-    if not isinstance(found, dict):
-        raise SpecError(f"holds {_shown(found)}, expected an object with the keys of a configuration", file=str(path))
-    return found
-
-
-def _each_key_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, value in pairs:
-        if key in found:
-            raise ValueError(f"the key {_shown(key)} stands there twice")
-        found[key] = value
-    return found
-
-
-def _no_constant(name: str) -> Any:
-    raise ValueError(f"{name} is not a number of JSON")
-
-
-def _short_int(text: str) -> int | float:
-    return int(text) if len(text) <= _DIGITS else float(text)
-
-
-def _shown(value: object) -> str:
-    if isinstance(value, (dict, list)):
-        return "an object" if isinstance(value, dict) else "a list"
-    text = json.dumps(value)
-    return text if len(text) <= 60 else text[:60] + "…"
 
 
 class Keys:
@@ -101,8 +50,8 @@ class Keys:
         first = spelled[0]
         for other in spelled[1:]:
             if self._values[other] != self._values[first]:
-                raise self.error(other, f"found {_shown(self._values[other])}, but {first} says "
-                                        f"{_shown(self._values[first])}: both mean the same")
+                raise self.error(other, f"found {shown(self._values[other])}, but {first} says "
+                                        f"{shown(self._values[first])}: both mean the same")
         return first, self._values[first]
 
     def says(self, key: str) -> bool:
@@ -112,7 +61,7 @@ class Keys:
     def integer(self, key: str, *, least: int = 1, most: int = MAX_WIDTH) -> int:
         name, value = self._find(key)
         if type(value) is not int or not least <= value <= most:
-            raise self.error(name, f"found {_shown(value)}, expected a whole number from {least} to {most}")
+            raise self.error(name, f"found {shown(value)}, expected a whole number from {least} to {most}")
         return value
 
     def integer_or_none(self, key: str, *, least: int = 1, most: int = MAX_WIDTH) -> int | None:
@@ -126,14 +75,14 @@ class Keys:
     def flag(self, key: str) -> bool:
         name, value = self._find(key)
         if not isinstance(value, bool):
-            raise self.error(name, f"found {_shown(value)}, expected true or false")
+            raise self.error(name, f"found {shown(value)}, expected true or false")
         return value
 
     def word(self, key: str) -> str:
         """A short name made of letters, digits, dots, dashes and underscores."""
         name, value = self._find(key)
         if not isinstance(value, str) or not re.fullmatch(r"[\w.-]{1,40}", value, re.ASCII):
-            raise self.error(name, f"found {_shown(value)}, expected one short name")
+            raise self.error(name, f"found {shown(value)}, expected one short name")
         return value
 
     def words(self, key: str) -> list[str] | None:
@@ -142,7 +91,7 @@ class Keys:
         if value is None:
             return None
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise self.error(name, f"found {_shown(value)}, expected a list of nothing but names")
+            raise self.error(name, f"found {shown(value)}, expected a list of nothing but names")
         return value
 
     def integers(self, key: str) -> list[int] | None:
@@ -151,13 +100,13 @@ class Keys:
         if value is None:
             return None
         if not isinstance(value, list) or not all(type(item) is int and 0 <= item <= MAX_COUNT for item in value):
-            raise self.error(name, f"found {_shown(value)}, expected a list of nothing but whole numbers from 0")
+            raise self.error(name, f"found {shown(value)}, expected a list of nothing but whole numbers from 0")
         return value
 
     def expect(self, key: str, *allowed: object) -> None:
         """Refuse what changes shapes in a way that is not described: the key is absent or says one of `allowed`."""
         if key in self._values and not any(self.is_value(key, one) for one in allowed):
-            raise self.error(key, f"found {_shown(self._values[key])}, expected {' or '.join(map(_shown, allowed))}: "
+            raise self.error(key, f"found {shown(self._values[key])}, expected {' or '.join(map(shown, allowed))}: "
                                   "nothing else can be described")
 
     def is_value(self, key: str, value: object) -> bool:
@@ -171,14 +120,14 @@ class Keys:
         if value is None:
             value = {}
         if not isinstance(value, dict):
-            raise self.error(key, f"found {_shown(value)}, expected an object")
+            raise self.error(key, f"found {shown(value)}, expected an object")
         return Keys(value, Path(self._file), defaults=defaults, inside=f"{self._inside}{key}.")
 
     def with_value(self, key: str, other: Keys) -> Keys:
         """The same values and, under `key`, those of another object, which must not contradict them."""
         value = other._values[key]
         if key in self._values and self._values[key] != value:
-            raise self.error(key, f"found {_shown(self._values[key])}, but outside it is {_shown(value)}")
+            raise self.error(key, f"found {shown(self._values[key])}, but outside it is {shown(value)}")
         return Keys({**self._values, key: value}, Path(self._file), inside=self._inside)
 
     def of_family(self, defaults: Mapping[str, Any], spellings: Mapping[str, tuple[str, ...]]) -> Keys:
