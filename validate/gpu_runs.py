@@ -37,7 +37,7 @@ from simmem.planner.predict import timelines
 from simmem.planner.question import ask
 from simmem.planner.ranking import event_seconds
 from simmem.report.calibration import calibrate_device
-from simmem.runtime.execute.rounds import Repeats, run_rounds, write_files
+from simmem.runtime.execute.rounds import Repeats, Rounds, run_rounds, write_files
 from simmem.runtime.execute.session import How
 from simmem.runtime.execute.task import Task, task_of
 from simmem.runtime.probe.calibrate import Asked
@@ -170,7 +170,10 @@ def main(arguments: list[str] | None = None) -> int:
                 with tempfile.TemporaryDirectory(dir=name) as folder:
                     ready = write_files([(p.task, how_to(p, asked.device)) for p in some], Path(folder))
                     share_s = (asked.budget - (time.monotonic() - begun)) / (len(plans) - number)
-                    for plan, repeats in zip(some, run_rounds(ready, budget_s=share_s), strict=True):
+                    for plan, repeats in zip(some, run_rounds(ready, Rounds(budget_s=share_s)), strict=True):
+                        if repeats.stopped is not None:
+                            failed[plan.name] = repeats.stopped
+                            continue
                         rows.append(row_of(plan, repeats))
                         groups[plan.name] = plan.group
                         samples[plan.name] = [r.token_s.tolist() for r in repeats.runs]

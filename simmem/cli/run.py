@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Sequence
@@ -29,6 +30,7 @@ _USAGE_ERROR: type[Exception] = typer.BadParameter.__mro__[1]
 def run(argv: Sequence[str] | None = None) -> None:
     """Run a command and exit with the code of the contract."""
     _prepare_streams()
+    _stop_like_interrupt()
     arguments = list(sys.argv[1:] if argv is None else argv) or ["--help"]
     as_json = "--json" in arguments
     code: int
@@ -64,6 +66,15 @@ def run(argv: Sequence[str] | None = None) -> None:
         if as_json:
             _print_error("InternalError", SimmemError(f"{type(error).__name__}: {error}"))
     sys.exit(code)
+
+
+def _stop_like_interrupt() -> None:
+    """A request to stop ends a command as Ctrl-C does: files and threads are put away."""
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with contextlib.suppress(ValueError):  # only the main thread may ask for signals
+        signal.signal(signal.SIGTERM, stop)
 
 
 def _prepare_streams() -> None:

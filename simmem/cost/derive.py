@@ -28,7 +28,7 @@ from simmem.cost.figures import (
     top_figure,
 )
 from simmem.cost.interference import KeptShare, kept_shares
-from simmem.cost.noise import judge
+from simmem.cost.noise import judge, run_medians
 from simmem.errors import SpecError
 from simmem.spec.base import Kind
 from simmem.spec.measurement import Condition, Measurement, Measurements
@@ -80,8 +80,8 @@ def derive(measured: Measurements) -> Derived:
     trusted = [(p, j) for p, j in judged if j.refused is None]
     notes = _lasting(judged)
     storage, fit = storage_figures(trusted, notes)
-    figures = [*_of_machine(measured), *_memory(trusted, "cpu", "dram"), *_arithmetic(trusted, "cpu"),
-               *_overheads(trusted), *storage, *_memory(trusted, "gpu", "vram"), *_arithmetic(trusted, "gpu"),
+    figures = [*_of_machine(measured), *_memory(trusted, judged, "cpu", "dram"), *_arithmetic(trusted, "cpu"),
+               *_overheads(trusted), *storage, *_memory(trusted, judged, "gpu", "vram"), *_arithmetic(trusted, "gpu"),
                *_copies(trusted), *_launches(trusted), *_interference(kept_shares(measured.points))]
     doubted = [(p, j) for p, j in judged if j.refused is not None]
     figures = [_with_doubt(f, doubted, {f.key: f.value for f in figures}) for f in figures]
@@ -164,26 +164,47 @@ def _of_machine(measured: Measurements) -> list[MeasuredFigure]:
 # --- memory and arithmetic ------------------------------------------------------------------------------------------
 
 
-def _memory(trusted: Sequence[Judged], agent: str, memory: str) -> list[MeasuredFigure]:
-    streams = {p: max((one for one in of(trusted, p, agent) if one[0].conditions.get("level") == "dram"),
-                      key=surely, default=None) for p in ("memory-read", "memory-copy")}
-    products = reference([one for one in of(trusted, "gemv", agent) if one[0].conditions.get("level") == "dram"])
+def _memory(trusted: Sequence[Judged], judged: Sequence[Judged], agent: str, memory: str) -> list[MeasuredFigure]:
+    """What the memory gives to copies and sums, and what an agent's products get of it.
+
+    An agent's rate is that of its products wherever those were measured: what a product gets is set by the instructions
+    of its threads as much as by the memory, and the two change apart from each other.
+    """
+    streams = [max((one for one in of(trusted, p, agent) if one[0].conditions.get("level") == "dram"),
+                   key=surely, default=None) for p in ("memory-read", "memory-copy")]
+    best = [one for one in streams if one is not None]
     found = []
-    best = [f for f in streams.values() if f is not None]
     if best:
         top = max(best, key=surely)
-        found.append(rate_figure(f"memory.{memory}.rate", top, f"{top[0].probe} with {threads(top[0])}"))
-    read = streams["memory-read"]
+        found.append(_as_visited(rate_figure(f"memory.{memory}.rate", top, f"{top[0].probe} with {threads(top[0])}"),
+                                 top, judged, agent))
+    products = reference([one for one in of(trusted, "gemv", agent) if one[0].conditions.get("level") == "dram"])
     large = [one for one in products if one[0].bytes >= _LARGE_BYTES] or products
-    rate = rate_figure(f"agent.{agent}.rate", read, f"reads with {threads(read[0])}") if read is not None else None
     if large:
-        reached, best_ones = top_figure(f"agent.{agent}.rate", large, lambda p: p.bytes, "products with one token")
-        if rate is None or reached.value > rate.value:
-            rate = reached
-        shares = np.minimum(np.array([rate_of(one) for one in best_ones]) / rate.value, 1.0)
-        found.append(share_figure(f"agent.{agent}.rate_share", shares, best_ones, f"{len(best_ones)} products with one "
-                                  f"token, weights out of memory, {threads(best_ones[0][0])}"))
-    return found if rate is None else [*found, rate]
+        rate, used = top_figure(f"agent.{agent}.rate", large, lambda p: p.bytes, "products with one token")
+        shares = np.minimum(np.array([rate_of(one) for one in used]) / rate.value, 1.0)
+        found += [rate, share_figure(f"agent.{agent}.rate_share", shares, used, f"{len(used)} products with one token, "
+                                     f"weights out of memory, {threads(used[0][0])}")]
+    elif streams[0] is not None:
+        found.append(rate_figure(f"agent.{agent}.rate", streams[0], f"reads with {threads(streams[0][0])}"))
+    return found
+
+
+def _as_visited(figure: MeasuredFigure, top: Judged, judged: Sequence[Judged], agent: str) -> MeasuredFigure:
+    """The range of a memory's rate as far as any visit went, with as many threads, and what ran without pause.
+
+    Few long sweeps fit into a run, and what neighbours leave of a memory that others share changes over minutes, so
+    that the quantiles of one figure's own few visits know less than all of them.
+    """
+    reached = [p.bytes / seconds for probe in ("memory-read", "memory-copy", "memory-sustained")
+               for p, j in of(judged, probe, agent)
+               if (p.conditions.get("level"), p.conditions.get("threads")) == ("dram", top[0].conditions.get("threads"))
+               for seconds in ((j.p10_s, j.p90_s) if probe == "memory-sustained" else
+                               run_medians(p.samples_s, p.at_s, p.runs)[0].tolist())]
+    low, high = min([figure.low, *reached]), max([figure.high, *reached])
+    if (low, high) == (figure.low, figure.high):
+        return figure
+    return replace(figure, low=low, high=high, what=f"{figure.what}; the range is what all visits reached")
 
 
 def _with_doubt(figure: MeasuredFigure, doubted: Sequence[Judged], values: Mapping[str, float]) -> MeasuredFigure:
@@ -197,7 +218,7 @@ def _with_doubt(figure: MeasuredFigure, doubted: Sequence[Judged], values: Mappi
     if (kind, field) not in (("memory", "rate"), ("agent", "rate"), ("agent", "rate_share"), ("agent", "flop_per_s")):
         return figure
     probes = {"rate_share": ("gemv",), "flop_per_s": ("gemm",)}.get(
-        field, ("memory-read", "memory-copy") if kind == "memory" else ("memory-read", "gemv"))
+        field, ("memory-read", "memory-copy") if kind == "memory" else ("gemv",))
     reached: dict[tuple[str, Condition | None], list[float]] = {}
     for probe in probes:
         for p, j in of(doubted, probe, agent):

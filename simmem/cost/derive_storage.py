@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from simmem.cost.figures import Judged, MeasuredFigure, rate_figure, rate_of, said, surely
-from simmem.cost.noise import Judgement
+from simmem.cost.noise import Judgement, run_medians
 from simmem.cost.surface import ReadPoint, SurfaceFit, fit_surface
 from simmem.spec.base import Kind
 from simmem.spec.measurement import Measurement
@@ -21,6 +21,8 @@ _CACHED_READ_BYTES = 1 << 16
 _LARGE_READ_BYTES = 1 << 20
 _COMMON_SIZES, _COMMON_DEPTHS = (4096, 1 << 16, 1 << 20, 1 << 24), (1, 4, 32)
 """What every run reads, however short: the highest of some rates is of these, or it would grow with their number."""
+_BEND_KNOWN = 1.0
+"""How the surface bends is measured where refits differ by less than this share of it."""
 _SETTLED = 0.5
 """The later half of a sustained run is what lasts."""
 
@@ -51,7 +53,8 @@ def storage_figures(trusted: Sequence[Judged], notes: list[str]) -> tuple[list[M
         return found, None
     large = _common([one for one in direct if one[0].bytes >= _LARGE_READ_BYTES]) or direct
     top = max(large, key=surely)
-    rate = rate_figure("link.flash.rate", top, f"fastest of {len(large)} large {how} reads: {said(top[0])}")
+    fastest = rate_figure("link.flash.rate", top, f"fastest of {len(large)} large {how} reads: {said(top[0])}")
+    rate = _as_visited(fastest, large, top)
     found.append(rate)
     decline = 0.02 if _declines(random) else 1.0
 
@@ -61,7 +64,7 @@ def storage_figures(trusted: Sequence[Judged], notes: list[str]) -> tuple[list[M
     fit = fitted(random)
     names = {"latency": "latency_s", "single_rate": "single_rate", "request_time": "request_time_s",
              "request_rate": "request_rate"}
-    draws = _resampled(random, fitted, [*names.values(), "overload_exponent"])
+    draws = _resampled(random, fitted, [*names.values(), "saturation_exponent", "overload_exponent"])
     floor = float(np.median([j.noise_floor for _, j in random]))
     n = sum(j.n for _, j in random)
     for name, attribute in names.items():
@@ -74,6 +77,12 @@ def storage_figures(trusted: Sequence[Judged], notes: list[str]) -> tuple[list[M
         elif name != "single_rate":
             found.append(MeasuredFigure(f"link.flash.{name}", value, value / 1.5, value * 1.5, Kind.ESTIMATED,
                                         f"usual of drives; {what} does not tell", n, floor))
+    bend = fit.surface.saturation_exponent
+    assert bend is not None
+    low, high = (float(q) for q in np.quantile(draws["saturation_exponent"], (0.05, 0.95)))
+    if high - low < _BEND_KNOWN * bend:
+        found.append(MeasuredFigure("link.flash.saturation_exponent", bend, min(low, bend), max(high, bend),
+                                    Kind.MEASURED, f"surface fitted to {len(random)} random {how} reads", n, floor))
     if fit.surface.best_depth is not None and fit.surface.overload_exponent:
         depth, power = fit.surface.best_depth, fit.surface.overload_exponent
         low, high = (float(q) for q in np.quantile(draws["overload_exponent"], (0.05, 0.95)))
@@ -83,9 +92,23 @@ def storage_figures(trusted: Sequence[Judged], notes: list[str]) -> tuple[list[M
                                  Kind.MEASURED, "decline beyond it", n, floor)]
     lasting = next((one for one in trusted if one[0].probe == "storage-sustained"), None)
     if lasting is not None:
-        found.append(rate_figure("link.flash.sustained_rate", lasting,
-                                 f"the later half of reads without pause, {said(lasting[0])}"))
+        found.append(_as_visited(rate_figure("link.flash.sustained_rate", lasting, "the later half of reads without "
+                                             f"pause, {said(lasting[0])}"), large, lasting))
     return found, _held_out(random, fitted, fit)
+
+
+def _as_visited(figure: MeasuredFigure, large: Sequence[Judged], top: Judged) -> MeasuredFigure:
+    """The range of a rate as far as any visit to large reads went, with as many in flight or more.
+
+    What a drive gives changes over minutes with what its neighbours and its own housekeeping take: the samples of one
+    case, or of one stretch, do not know that; the visits of all such cases, spread over the run, do.
+    """
+    reached = [p.bytes / seconds for p, _ in large if float(p.conditions["depth"]) >= float(top[0].conditions["depth"])
+               for seconds in run_medians(p.samples_s, p.at_s, p.runs)[0].tolist()]
+    low, high = min([figure.low, *reached]), max([figure.high, *reached])
+    if (low, high) == (figure.low, figure.high):
+        return figure
+    return replace(figure, low=low, high=high, what=f"{figure.what}; the range is what all visits reached")
 
 
 def settled(point: Measurement) -> Measurement:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -105,8 +106,9 @@ def top_figure(key: str, judged: Sequence[Judged], speed: Callable[[Measurement]
     """What the fastest tenth of some points reaches, with the number of threads that reaches most, and its points.
 
     The 90 % quantile over points rather than the fastest of them, which would be the luckiest. The range is that of the
-    same quantile when points are drawn anew, each within its own range. Numbers of threads with fewer than three
-    trusted points compete only where none has more.
+    same quantile when points are drawn anew, each within its own range. Numbers of threads are compared on the points
+    that each of them has, by the geometric mean; those with fewer than three trusted points compete only where none has
+    more, and without common points the fastest tenth decides.
 
     Parameters
     ----------
@@ -116,7 +118,7 @@ def top_figure(key: str, judged: Sequence[Judged], speed: Callable[[Measurement]
     for one in judged:
         groups.setdefault(one[0].conditions.get("threads"), []).append(one)
     enough = [g for g in groups.values() if len(g) >= _ENOUGH] or list(groups.values())
-    best = max(enough, key=lambda g: _quantile([speed(p) / j.median_s for p, j in g]))
+    best = _best(enough, speed)
     value = _quantile([speed(p) / j.median_s for p, j in best])
     draw = np.random.default_rng(0)
     low_s, high_s, demand = (np.array(column) for column in zip(
@@ -128,6 +130,21 @@ def top_figure(key: str, judged: Sequence[Judged], speed: Callable[[Measurement]
     return MeasuredFigure(
         key, value, min(low, value * (1 - min(floor, 0.9))), max(high, value * (1 + floor)), Kind.MEASURED,
         f"fastest tenth of {len(best)} {what}, {threads(best[0][0])}", sum(j.n for _, j in best), floor), best
+
+
+def _case(point: Measurement) -> tuple[tuple[str, object], ...]:
+    return tuple(sorted((k, v) for k, v in point.conditions.items() if k != "threads"))
+
+
+def _best(groups: Sequence[list[Judged]], speed: Callable[[Measurement], float]) -> list[Judged]:
+    """The group whose points are fastest, like beside like."""
+    by_case = [{_case(p): math.log(speed(p) / j.median_s) for p, j in g} for g in groups]
+    common = set.intersection(*(set(cases) for cases in by_case))
+    if common:
+        means = [float(np.mean([cases[c] for c in common])) for cases in by_case]
+    else:
+        means = [_quantile([speed(p) / j.median_s for p, j in g]) for g in groups]
+    return groups[int(np.argmax(means))]
 
 
 def _quantile(values: Sequence[float]) -> float:

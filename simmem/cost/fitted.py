@@ -24,6 +24,7 @@ __all__ = [
     "class_group",
     "class_work",
     "correction",
+    "floor_s",
     "half_width",
     "joined",
     "octaves_outside",
@@ -75,14 +76,19 @@ def product_s(group: Group, work: Work, slower: Mapping[str, Array | float] | No
 
     error : factor on the sum, as of a draw of the model's own error.
     """
-    slower = slower or {}
     found = physical_s(group, work, slower) * error
     if group.residual is not None:
         found = found * np.exp(correction(group.residual, work))
+    return np.asarray(np.maximum(found, floor_s(group, work, slower)))
+
+
+def floor_s(group: Group, work: Work, slower: Mapping[str, Array | float] | None = None) -> Array:
+    """What ops take at the fastest that was measured of their level of memory and of their arithmetic. [s]"""
+    slower = slower or {}
     floor = np.asarray(work.weight_bytes / group.bytes_per_s * slower.get("memory", 1.0))
     if group.flop_per_s is not None:
         floor = np.maximum(floor, work.flop / group.flop_per_s * slower.get("arithmetic", 1.0))
-    return np.asarray(np.maximum(found, floor))
+    return floor
 
 
 def correction(residual: Residual, work: Work) -> Array:

@@ -7,7 +7,9 @@ Copies:              bytes / R, and L until dependants may start
 A batch of n requests has at most n in flight.
 
 Where a device names a cost model fitted to its own measurements (`simmem.cost.fitted`), a class that it covers takes
-the longer of its time and the roofline's, without the constant.
+the longer of its time and the roofline's, without the constant. Where plans were run and their phases took other times
+than predicted (`simmem.cost.phases`), a class takes its phase's factor times as long, and never less than at the full
+rates.
 
 Every figure may carry a factor per candidate: that is how draws and sensitivities become columns.
 """
@@ -19,7 +21,8 @@ from collections.abc import Mapping
 import numpy as np
 from numpy.typing import NDArray
 
-from simmem.cost.fitted import class_group, class_work, half_width, product_s
+from simmem.cost.fitted import class_group, class_work, floor_s, half_width, product_s
+from simmem.cost.phases import class_phase, drawn_factor
 from simmem.cost.surface import Regime, read_seconds
 from simmem.errors import SpecError
 from simmem.schedule import DemandClass, Durations, OpKind, Schedule
@@ -34,6 +37,7 @@ __all__ = [
     "error_key",
     "storage_seconds_per_request",
     "storage_throughput",
+    "sure_shares",
 ]
 
 Array = NDArray[np.float64]
@@ -58,7 +62,7 @@ def durations(schedule: Schedule, device: Device, factors: Factors | None = None
         if what.agent is not None:
             occupancy[index] = _compute_s(schedule, index, what, device, factors)
         elif what.link is not None:
-            occupancy[index], latency[index] = _move_s(schedule, index, what.link, device, factors)
+            occupancy[index], latency[index] = _move_s(schedule, index, what, device, factors)
         else:
             raise SpecError(f"the class {what.name!r} names neither an agent nor a link")
         if not here.all():
@@ -71,25 +75,33 @@ def _compute_s(schedule: Schedule, index: int, what: DemandClass, device: Device
     name = str(what.agent)
     agent = _agent(device, name)
     key, peak = arithmetic_peak(agent, name, what.precision)
-    flop_per_s = peak * _factor(factors, key) * agent.flop_share.value * _factor(factors, f"agent.{name}.flop_share")
+    flop_per_s = peak * _factor(factors, key)
     rate = agent.rate.value * _factor(factors, f"agent.{name}.rate")
-    rate = rate * agent.rate_share.value * _factor(factors, f"agent.{name}.rate_share")
     # A sync op is the fixed cost of a step; every other op pays its kernels.
     constant = "step_overhead" if what.kind is OpKind.SYNC and agent.step_overhead else "op_overhead"
     overhead = getattr(agent, constant).value * _factor(factors, f"agent.{name}.{constant}")
     moved = schedule.bytes.get(f"memory.{agent.memory}")
-    seconds = schedule.flop[index] / flop_per_s
-    if moved is not None:
-        seconds = np.maximum(seconds, moved[index] / rate)
+    n_bytes = np.zeros(schedule.n_candidates) if moved is None else moved[index]
+    floor = np.maximum(schedule.flop[index] / flop_per_s, n_bytes / rate)
     fitted = _fitted_s(schedule, index, what, device, agent, key, factors)
     if fitted is not None:
-        return np.asarray(np.maximum(seconds, fitted))
-    return np.asarray(seconds + schedule.requests[index] * overhead)
+        floor = np.maximum(floor, fitted[1])
+        return _corrected(np.maximum(floor, fitted[0]), floor, what, device, factors)
+    flop_per_s = flop_per_s * agent.flop_share.value * _factor(factors, f"agent.{name}.flop_share")
+    rate = rate * agent.rate_share.value * _factor(factors, f"agent.{name}.rate_share")
+    seconds = np.maximum(schedule.flop[index] / flop_per_s, n_bytes / rate) + schedule.requests[index] * overhead
+    return _corrected(seconds, floor, what, device, factors)
+
+
+def _corrected(found: Array, floor: Array, what: DemandClass, device: Device, factors: Factors) -> Array:
+    """Seconds of a class as plans that were run correct them, never less than `floor`. [s]"""
+    phase = class_phase(device, what)
+    return np.asarray(found if phase is None else np.maximum(found * drawn_factor(phase, factors), floor))
 
 
 def _fitted_s(schedule: Schedule, index: int, what: DemandClass, device: Device, agent: Agent, peak_key: str,
-              factors: Factors) -> Array | None:
-    """Seconds by the device's fitted cost model; None where it has none for this class.
+              factors: Factors) -> tuple[Array, Array] | None:
+    """Seconds by the device's fitted cost model, and the least it knows; None where it has none for this class.
 
     A figure of the device that changes takes the terms with it that it stands for.
     """
@@ -103,24 +115,27 @@ def _fitted_s(schedule: Schedule, index: int, what: DemandClass, device: Device,
         "arithmetic": 1.0 / (_factor(factors, peak_key) * _factor(factors, f"{name}.flop_share"))}
     work = class_work(schedule, index, agent.memory, group)
     drawn = factors.get(error_key(group))
-    return product_s(group, work, slower, 1.0 if drawn is None else drawn ** half_width(group, work))
+    return (product_s(group, work, slower, 1.0 if drawn is None else drawn ** half_width(group, work)),
+            floor_s(group, work, slower))
 
 
-def _move_s(schedule: Schedule, index: int, name: str, device: Device, factors: Factors) -> tuple[Array, Array]:
+def _move_s(schedule: Schedule, index: int, what: DemandClass, device: Device, factors: Factors
+            ) -> tuple[Array, Array]:
+    name = str(what.link)
     if name not in device.link:
         raise SpecError(f"device {device.name} has no link {name!r}")
     link = device.link[name]
     moved = schedule.bytes.get(f"link.{name}")
     n_bytes = np.zeros(schedule.n_candidates) if moved is None else moved[index]
     requests = schedule.requests[index]
+    floor = n_bytes / (link.rate.value * _factor(factors, f"link.{name}.rate"))
     if link.kind == "copy":
-        rate = link.rate.value * _factor(factors, f"link.{name}.rate")
-        return n_bytes / rate, np.broadcast_to(link.latency.value * _factor(factors, f"link.{name}.latency"),
-                                               n_bytes.shape)
+        latency = link.latency.value * _factor(factors, f"link.{name}.latency")
+        return _corrected(floor, floor, what, device, factors), np.broadcast_to(latency, n_bytes.shape)
     count = np.maximum(requests, 1e-300)
     depth = np.minimum(schedule.depth[index], np.maximum(requests, 1.0))
     seconds = storage_seconds_per_request(link, n_bytes / count, depth, factors=factors, name=name)
-    return np.asarray(seconds * requests), np.zeros_like(n_bytes)
+    return _corrected(np.asarray(seconds * requests), floor, what, device, factors), np.zeros_like(n_bytes)
 
 
 def storage_seconds_per_request(link: Link, size_bytes: Array | float, depth: Array | float, *,
@@ -147,8 +162,14 @@ def storage_seconds_per_request(link: Link, size_bytes: Array | float, depth: Ar
         request_time_s=link.request_time.value * _factor(factors, f"link.{name}.request_time"),
         request_rate=link.request_rate.value * _factor(factors, f"link.{name}.request_rate"),
         single_rate=of("single_rate"), cached_rate=of("cached_rate"),
+        saturation_exponent=of("saturation_exponent"),
         best_depth=None if link.best_depth is None else link.best_depth.value,
         overload_exponent=None if link.overload_exponent is None else link.overload_exponent.value)
+
+
+def sure_shares(device: Device, agent: Agent) -> tuple[float, float]:
+    """Shares of rate and peak that no op exceeds: the achieved ones, or all where a fitted model times each shape."""
+    return (1.0, 1.0) if device.cost_model is not None else (agent.rate_share.value, agent.flop_share.value)
 
 
 def error_key(group: Group) -> str:

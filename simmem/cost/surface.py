@@ -1,13 +1,15 @@
 """How long does one read from storage take, by its size, by how many are in flight, by how it is asked for?
 
-    t = max( √( (A/q)² + D² (1 − 1/q²) ), s/R )       A = max(L + s/r, D)       D = a·o + s/B
+    t = max( ( (A/q)^p + D^p (1 − 1/q^p) )^(1/p), s/R )       A = max(L + s/r, D)       D = a·o + s/B
 
 Seconds per request of s bytes with q in flight. Alone (q = 1) a request takes A: its latency L, then its bytes at the
 rate r that one request reaches by itself. Saturated, the device spends D a request whatever the depth: a for serving
-it, its bytes at B. In between, Little's law (A/q) and saturation are joined by the Euclidean norm, weighted so that a
-request alone takes A and no more. Nothing exceeds the sequential rate R. Past `best_depth` serving takes
-o = (q / best_depth)^overload_exponent times as long. The norm was chosen on the 4 KiB curve of the M4 Max; the curves
-it is judged on are in `validate/curves`, and docs/ledger.md says what came of it.
+it, its bytes at B. In between, Little's law (A/q) and saturation are joined by a norm p, weighted so that a request
+alone takes A and no more: the more service times differ, the earlier requests wait for one another. With p = 1 that is
+the mean value analysis of exponential service (Reiser and Lavenberg, JACM 27, 1980), with p → ∞ the bound of constant
+service. Nothing exceeds the sequential rate R. Past `best_depth` serving takes o = (q / best_depth)^overload_exponent
+times as long. p is 2 unless points tell: chosen on the 4 KiB curve of the M4 Max; the curves it is judged on are in
+`validate/curves`, and docs/ledger.md says what came of it.
 
 `fit_surface` finds the figures from measured points. What the points do not determine stays at what is usual for a
 drive, and the fit says so.
@@ -36,12 +38,14 @@ copy in memory, whose rate a device states or does not."""
 
 PARAMETERS = ("latency", "single_rate", "request_time", "request_rate", "rate")
 """What `fit_surface` takes as known and names as undetermined: L, r, a, B and R, called as in a device file."""
+USUAL_SATURATION = 2.0
 
 
 def read_seconds(size_bytes: Array | float, depth: Array | float, *, latency_s: Array | float, rate: Array | float,
                  request_time_s: Array | float, request_rate: Array | float, single_rate: Array | float | None = None,
                  best_depth: float | None = None, overload_exponent: float | None = None,
-                 cached_rate: Array | float | None = None, regime: Regime = "random") -> Array:
+                 saturation_exponent: Array | float | None = None, cached_rate: Array | float | None = None,
+                 regime: Regime = "random") -> Array:
     """Mean seconds per request of a steady stream of reads; all arguments broadcast. [s]
 
     Parameters
@@ -53,6 +57,7 @@ def read_seconds(size_bytes: Array | float, depth: Array | float, *, latency_s: 
     request_time_s, request_rate : a and B of a saturated device. [s], [B/s]
     single_rate : r, R when None. [B/s]
     best_depth, overload_exponent : no overload when either is None.
+    saturation_exponent : p, taken as 1 where it is less; 2 when None.
     cached_rate : of regime "cached", all readers together; SpecError where it is asked for and None. [B/s]
     """
     if regime == "cached":
@@ -68,7 +73,9 @@ def read_seconds(size_bytes: Array | float, depth: Array | float, *, latency_s: 
         serve = serve * np.maximum(q / best_depth, 1.0) ** overload_exponent
     saturated = serve + size_bytes / request_rate
     alone = np.maximum(latency_s + transfer, saturated)
-    joined = np.hypot(alone / q, saturated * np.sqrt(1.0 - q**-2.0))
+    p = np.maximum(USUAL_SATURATION if saturation_exponent is None else saturation_exponent, 1.0)
+    share = saturated * q / alone  # at most q: no power overflows that a drive could ask for
+    joined = alone / q * (1.0 + share**p * (1.0 - q**-p)) ** (1.0 / p)
     return np.asarray(np.maximum(joined, size_bytes / rate))
 
 
@@ -93,6 +100,7 @@ class Surface:
     rate: float
     best_depth: float | None = None
     overload_exponent: float | None = None
+    saturation_exponent: float | None = None
     cached_rate: float | None = None
 
     def throughput(self, size_bytes: Array | float, depth: Array | float, regime: Regime = "random") -> Array:
@@ -120,6 +128,10 @@ _REQUEST_RATE_PER_RATE = 1.3
 E27T and 1.71 on the M1 Max, whose points tell."""
 _SPREAD = {"latency": 0.9, "single_rate": 0.7, "request_time": 1.2, "request_rate": 0.4, "rate": 0.1}
 _USUAL_OVERLOAD, _OVERLOAD_SPREAD = 0.2, 0.15
+_SATURATION_SPREAD = 1.0
+"""Of the logarithm of what p has over 1."""
+_MOST_SATURATION = 64.0
+_BEND = "saturation_exponent"
 _DECLINE = 0.02
 _REMAINS = 0.5
 """A parameter keeping more than this share of the variance it had before the points is not determined by them."""
@@ -168,7 +180,7 @@ def fit_surface(points: Sequence[ReadPoint], *, known: Mapping[str, float] | Non
                              for name in ("size_bytes", "depth", "bytes_per_s"))
     reads = {regime: np.array([p.regime == regime for p in points]) for regime in {p.regime for p in points}}
     best_depth = _best_depth(points, decline)
-    free = [name for name in PARAMETERS if name not in known]
+    free = [*(name for name in PARAMETERS if name not in known), _BEND]
     seen = max((p.bytes_per_s for p in points if p.regime != "cached"), default=0.0)
     held = [math.log(p.bytes_per_s) for p in points if p.regime == "cached"]
     cached_rate = math.exp(sum(held) / len(held)) if held else None
@@ -184,6 +196,7 @@ def fit_surface(points: Sequence[ReadPoint], *, known: Mapping[str, float] | Non
                                      latency / _LATENCY_PER_REQUEST_TIME * shift.get("request_time", 1.0)),
             request_rate=known.get("request_rate", rate * _REQUEST_RATE_PER_RATE * shift.get("request_rate", 1.0)),
             best_depth=best_depth, overload_exponent=None if best_depth is None else max(float(x[-1]), 0.0),
+            saturation_exponent=min(1.0 + (USUAL_SATURATION - 1.0) * shift[_BEND], _MOST_SATURATION),
             cached_rate=cached_rate)
 
     def predicted(x: Array) -> Array:
@@ -193,7 +206,7 @@ def fit_surface(points: Sequence[ReadPoint], *, known: Mapping[str, float] | Non
         return result
 
     usual = np.zeros(len(free))
-    spread = np.array([_SPREAD[name] for name in free])
+    spread = np.array([{**_SPREAD, _BEND: _SATURATION_SPREAD}[name] for name in free])
     if best_depth is not None:
         usual, spread = np.append(usual, _USUAL_OVERLOAD), np.append(spread, _OVERLOAD_SPREAD)
     if len(usual):
@@ -209,7 +222,7 @@ def fit_surface(points: Sequence[ReadPoint], *, known: Mapping[str, float] | Non
         x, remaining = usual, usual
     return SurfaceFit(
         surface(x), tuple(float(e) for e in predicted(x) / measured - 1.0),
-        tuple(name for name, share in zip(free, remaining, strict=False) if share > _REMAINS))
+        tuple(name for name, share in zip(free, remaining, strict=False) if share > _REMAINS and name != _BEND))
 
 
 def _best_depth(points: Sequence[ReadPoint], decline: float) -> float | None:

@@ -1,14 +1,15 @@
 """What can no plan beat? A latency below every schedule at a model, precision and trace.
 
 Whatever lives where, a decode step multiplies attention, head and the active FFN units at no more
-than the achieved rates of all agents together, and reads from storage what all memories together
-cannot hold of them. Constants per op are left out. Where the trace holds what predictors asked for, the
-least of them counts: one that misses units leaves work out.
+than the achieved rates of all agents together (the full ones where a fitted model tells what each shape
+achieves), and reads from storage what all memories together cannot hold of them. Constants per op are left
+out. Where the trace holds what predictors asked for, the least of them counts: one that misses units leaves
+work out.
 """
 
 from __future__ import annotations
 
-from simmem.cost.roofline import arithmetic_peak
+from simmem.cost.roofline import arithmetic_peak, sure_shares
 from simmem.planner.document import Bound
 from simmem.policy.context import Context
 from simmem.policy.layer_kinds import ffn_work
@@ -45,9 +46,10 @@ def agent_bound(context: Context, name: str, *, any_token: bool = False) -> Boun
     workload, agent = context.workload, context.device.agent[name]
     multiplied, read = _used(context, any_token=any_token)
     n_bytes = sum(params * context.read_bytes_per_param(name, group)[0] for group, params in read.items())
-    moving = (n_bytes + context.decode_kv_bytes) / (agent.rate.value * agent.rate_share.value)
+    rate_share, flop_share = sure_shares(context.device, agent)
+    moving = (n_bytes + context.decode_kv_bytes) / (agent.rate.value * rate_share)
     key, peak = arithmetic_peak(agent, name, workload.weights)
-    arithmetic = 2.0 * multiplied / (peak * agent.flop_share.value)
+    arithmetic = 2.0 * multiplied / (peak * flop_share)
     seconds, resource = max((moving, f"agent.{name}.rate"), (arithmetic, key))
     return Bound(token_latency_s=seconds, resource=resource)
 
@@ -61,11 +63,11 @@ def lower_bound(context: Context) -> Bound:
         for name in agents)
     together, flop_per_s = 0.0, 0.0
     for memory_name in {a.memory: None for a in agents.values()}:
-        rates = [a.rate.value * a.rate_share.value for a in agents.values() if a.memory == memory_name]
+        rates = [a.rate.value * sure_shares(device, a)[0] for a in agents.values() if a.memory == memory_name]
         limit = device.memory[memory_name].rate
         together += max(*rates, min(sum(rates), limit.value)) if limit else sum(rates)
     for name, agent in agents.items():
-        flop_per_s += arithmetic_peak(agent, name, workload.weights)[1] * agent.flop_share.value
+        flop_per_s += arithmetic_peak(agent, name, workload.weights)[1] * sure_shares(device, agent)[1]
     storage, link = context.storage_link
     room = sum(v for k, v in context.budget_bytes.items() if k != device.storage)
     stored = sum(params * context.stored_bytes_per_param(group)[0] for group, params in read.items())

@@ -13,6 +13,7 @@ import zlib
 import numpy as np
 from numpy.typing import NDArray
 
+from simmem.cost.phases import phase_key
 from simmem.cost.roofline import error_key
 from simmem.policy.context import Context
 from simmem.spec.base import Kind, weakest
@@ -36,7 +37,7 @@ Z_90 = 1.6448536269514722
 TRACE_STREAM = 10_000
 """Seed of the draws of the trace's law, apart from those of the device's figures."""
 COST_STREAM = 20_000
-"""Seed of the draws of a fitted cost model's own error."""
+"""Seed of the draws of a cost model's own error."""
 _CURVE = {"rate": 1, "request_rate": 1, "single_rate": 1, "latency": -1, "request_time": -1}
 
 
@@ -73,8 +74,9 @@ def draws(context: Context, n: int = N_DRAWS) -> dict[str, Array]:
                 low, high = figures[part].factors
                 found[part] = spread(index, low, high, n) if sign > 0 else spread(index, high, low, n)
     model = context.device.cost_model
-    for key in sorted({error_key(group) for group in model.groups} if model else ()):
-        # Shapes of one kind are taken to be off together, which is the widest they can be.
+    own = {*map(error_key, model.groups), *map(phase_key, model.phases)} if model else set()
+    for key in sorted(own):
+        # Shapes of one kind, and ops of one phase, are taken to be off together, which is the widest they can be.
         found[key] = spread(COST_STREAM + zlib.crc32(key.encode()), 1.0 / math.e, math.e, n)
     return found
 

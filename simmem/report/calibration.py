@@ -26,6 +26,7 @@ from simmem.report.costfile import (
     cost_table,
     cost_words,
     fitted_costs,
+    without_phases,
     write_device,
 )
 from simmem.report.devicefile import (
@@ -147,6 +148,7 @@ def calibrate_device(out: Path, asked: Asked, *, raw: Path | None = None, source
             raise SpecError(f"is where the cost model of {out} goes", file=str(kept), key="--raw")
         check_writable(cost_path(out))
     old = tables_of(out) if update else None
+    before = load_device(str(out.absolute())).cost_model if update else None
     if compare is not None:
         load_device(compare)
     journal: Journal | None = None
@@ -182,13 +184,21 @@ def calibrate_device(out: Path, asked: Asked, *, raw: Path | None = None, source
     device = to_device(tables, file=str(out))
     if costs is not None:
         costs = costs.of_agents(set(tables["agent"]))
-    write_device(out, tables, None if costs is None else costs.model)
-    return _document(out, kept, named, derived, device, changes, costs, time.monotonic() - begun,
+    model, notes = None if costs is None else costs.model, list(derived.notes)
+    if before is not None and before.phases:
+        notes.append("What was learnt from runs held for the figures that they were predicted with, and is dropped: "
+                     "learn it again from new runs.")
+        if model is None:
+            tables.pop("cost_model", None)
+            model = without_phases(before)
+    write_device(out, tables, model)
+    return _document(out, kept, named, derived, device, changes, costs, time.monotonic() - begun, notes,
                      None if compare is None else compare_devices(str(out.absolute()), compare))
 
 
 def _document(out: Path, raw: Path, measured: Measurements, derived: Derived, device: Device, changes: list[Change],
-              costs: FittedCosts | None, took_s: float, comparison: DeviceComparison | None) -> CalibrationDocument:
+              costs: FittedCosts | None, took_s: float, notes: list[str], comparison: DeviceComparison | None
+              ) -> CalibrationDocument:
     dimensions = {key: figure.dimension for key, figure in device.figures().items()}
     figures = sorted((CalibratedFigure(
         key=f.key, dimension=dimensions.get(f.key, "ratio"), value=f.value, range_90=(f.low, f.high), spread=f.spread,
@@ -204,7 +214,7 @@ def _document(out: Path, raw: Path, measured: Measurements, derived: Derived, de
             points=fit.points, quiet_points=fit.quiet, held_out_median_error=fit.median_error,
             undetermined=list(fit.undetermined)),
         cost_model=None if costs is None else costs.said(cost_path(out)),
-        notes=list(derived.notes), comparison=comparison,
+        notes=notes, comparison=comparison,
         changes=[FigureChange(key=c.key, before=c.before, after=c.after) for c in changes])
 
 

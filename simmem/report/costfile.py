@@ -26,7 +26,7 @@ from simmem.spec.measurement import Measurements
 from simmem.validation.costs import CostRow, judge_costs
 
 __all__ = ["MIN_JUDGED", "CostModelQuality", "FittedCosts", "cost_path", "cost_table", "cost_words",
-           "fitted_costs", "write_device"]
+           "fitted_costs", "without_phases", "write_device"]
 
 
 MIN_JUDGED = 40
@@ -93,6 +93,11 @@ def fitted_costs(measured: Measurements) -> FittedCosts:
     return FittedCosts(model, None,
                        (*report.rows, report.all_products),
                        tuple(sorted(model.left_out.items())))
+
+
+def without_phases(model: FittedCost | None) -> FittedCost | None:
+    """A cost model without what was learnt from runs, which holds for the figures they were predicted with alone."""
+    return model.model_copy(update={"phases": ()}) if model is not None and model.groups else None
 
 
 def write_device(out: Path, tables: dict[str, Any], model: FittedCost | None) -> None:

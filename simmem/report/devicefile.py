@@ -46,7 +46,8 @@ _PROBES = {"rate_share": "gemv", "flop_share": "gemm", "flop_per_s": "gemm", "op
            "link.flash": "storage-read", "rate": "memory-read"}
 _DIMENSIONS = {"capacity": "bytes", "reserved": "bytes", "block": "bytes", "latency": "s", "request_time": "s",
                "op_overhead": "s", "step_overhead": "s", "flop_share": "ratio", "rate_share": "ratio", "share": "ratio",
-               "overload_exponent": "ratio", "best_depth": "count", "rate": "bytes_per_s"}
+               "overload_exponent": "ratio", "saturation_exponent": "ratio", "best_depth": "count",
+               "rate": "bytes_per_s"}
 _PREFIXES = {"bytes": ("B", {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}),
              "bytes_per_s": ("B/s", {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}),
              "flop_per_s": ("FLOP/s", {"": 1.0, "M": 1e6, "G": 1e9, "T": 1e12, "P": 1e15}),

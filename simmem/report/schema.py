@@ -38,6 +38,7 @@ class _Whole(GenerateJsonSchema):
 def _printed() -> dict[str, type[BaseModel]]:
     from simmem.report.calibration import CalibrationDocument
     from simmem.report.compare import DeviceComparison
+    from simmem.report.fromruns import LearntDocument
     from simmem.validation.reference import Reproduction
     from simmem.validation.runs import RunRow
     from simmem.validation.verdict import Validation
@@ -48,7 +49,7 @@ def _printed() -> dict[str, type[BaseModel]]:
         "replay": documents.ReplayDocument, "trace": TraceHeader, "devices": documents.DeviceList,
         "models": documents.ModelList, "traces": documents.TraceList, "policies": documents.PolicyList,
         "device-sheet": documents.DeviceSheet, "device-comparison": DeviceComparison,
-        "calibration": CalibrationDocument,
+        "calibration": CalibrationDocument, "calibration-runs": LearntDocument,
         "model-sheet": documents.ModelSheet,
         "trace-sheet": documents.TraceSheet, "policy-sheet": documents.PolicySheet,
     }

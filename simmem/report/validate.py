@@ -9,35 +9,49 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from simmem.errors import MachineError, SpecError
+from simmem.errors import CalibrationError, MachineError, SpecError
 from simmem.planner.predict import timelines
+from simmem.planner.question import ask
+from simmem.report.baselines import time_today
 from simmem.report.calibration import calibrate_device, raw_path
+from simmem.report.drive import Drive
 from simmem.report.files import write_text
-from simmem.runtime.execute.baselines import PageCache, accelerate_token_s, has_accelerate, mapped_token_s
-from simmem.runtime.execute.rounds import LEAST_ROUNDS, Repeats, run_rounds, write_files
+from simmem.runtime.execute.drive import settle
+from simmem.runtime.execute.layout import layout_of
+from simmem.runtime.execute.rounds import (
+    LEAST_ROUNDS,
+    NO_TIME,
+    Repeats,
+    Rounds,
+    run_rounds,
+    write_files,
+    write_random,
+)
 from simmem.runtime.execute.session import How, open_session
 from simmem.runtime.execute.task import Task, task_of
 from simmem.runtime.models import require
 from simmem.runtime.probe.calibrate import Asked
 from simmem.sim.timeline import Timeline
 from simmem.spec.device import load_device
-from simmem.validation.ladder import Cell, Step, cells, climb, rungs
-from simmem.validation.runs import Measured, RunRow, demanded_bytes, noise_floor, run_row
-from simmem.validation.verdict import BaselineRow, LadderRow, Validation, judge, step_ratios
+from simmem.validation.ladder import POLICIES, Cell, Step, cells, climb, rungs
+from simmem.validation.runs import RunRow, demanded_bytes, run_row
+from simmem.validation.verdict import LadderRow, Validation, judge, step_ratios
 
 __all__ = ["FULL", "QUICK", "Ladder", "Length", "validate_machine"]
 
-WRITE_TIMES_READ = 2.0
-"""Writing a weight file, taken as so many times reading it: random numbers, checksums, a drive slower at writing."""
-BASELINE_TOKENS, BASELINE_S = 6, 8.0
-"""Tokens of a round at most, and about the time that loading all weights for them may take. [s]"""
+PROVISIONAL, PREFERRED = "cloud-vm", "bf16"
+"""What a weight file is laid out for before the machine is known; another is written where that is wrong."""
+CALIBRATION_BYTES = {True: 1 << 30, False: 2 << 30}
+"""Of the weight file at least, where the drive is calibrated on it. [B]"""
+SETTLING_S = {True: 20.0, False: 90.0}
+"""A drive is waited for after writing at most so long. [s]"""
 OPENING_S = 0.4
 """Beside reading what stays: a session's memory, threads and image. [s]"""
 
@@ -104,7 +118,7 @@ def validate_machine(asked: Ladder) -> Validation:
     SpecError
         Something asked for cannot be.
     MachineError
-        The machine failed, or a plan could not be run.
+        The machine failed, or no plan could be run.
     """
     require("torch")
     begun = time.monotonic()
@@ -115,29 +129,55 @@ def validate_machine(asked: Ladder) -> Validation:
         raise SpecError("is not a folder", file=str(asked.scratch), key="--scratch")
     with tempfile.TemporaryDirectory(prefix="simmem-validate-", dir=asked.scratch) as name:
         folder = Path(name)
-        device = asked.device or _calibrate(asked, folder)
+        kept = folder if asked.record is None else asked.record
+        kept.mkdir(parents=True, exist_ok=True)
+        # Written first of all: a drive is not itself while it is still busy with what was written.
+        file = _write_weights(asked, folder)
+        waited_s = settle(file, SETTLING_S[asked.quick], _say)
+        device = asked.device or _calibrate(asked, kept, folder, file)
         left_out: dict[str, str] = {}
         plans = _plans(asked, device, left_out, end_s)
-        kept = folder if asked.record is None else asked.record
+        if not plans:
+            raise MachineError(f"no plan can be run: {next(iter(left_out.values()), 'nothing was asked for')}")
         digest = _write_predictions(plans, device, kept)
         ready = write_files([(p.task, How(storage=p.step.cell.storage, threads=asked.threads, say=_say))
                              for p in plans], folder)
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else -1.0
-        repeats = run_rounds(ready, budget_s=end_s - time.monotonic(), told=_progress)
-        rows = [_row(plan, repeat) for plan, repeat in zip(plans, repeats, strict=True)]
-        samples: dict[str, Any] = {p.step.id: [r.token_s.tolist() for r in repeat.runs]
-                                   for p, repeat in zip(plans, repeats, strict=True)}
-        baselines = _baselines(asked, plans, ready, rows, folder, left_out, samples) if asked.baselines else []
-        whole, by_storage, verdicts, gates = judge(rows)
-        found = Validation(
+        drive = Drive(tuple(p.task for p in plans if p.step.cell.storage == "real"), file)
+
+        def begin(number: int) -> None:
+            _say(f"round {number + 1}: {len(plans)} plans, {max(end_s - time.monotonic(), 0):.0f} s left")
+            drive.look()
+
+        def keep(so_far: Sequence[Repeats]) -> None:
+            if asked.record is not None:
+                _write_samples(asked.record, _samples(plans, so_far), drive)
+
+        found = run_rounds(ready, Rounds(budget_s=end_s - time.monotonic(), extra=[p.step.extra for p in plans],
+                                         before=begin, after=keep))
+        whole = [(p, r) for p, r in zip(plans, found, strict=True) if r.stopped is None]
+        left_out.update({p.step.id: r.stopped for p, r in zip(plans, found, strict=True) if r.stopped is not None})
+        if not whole:
+            raise MachineError(f"no plan could be run: {next(iter(left_out.values()))}")
+        rows = [_row(plan, repeats, drive) for plan, repeats in whole]
+        samples = _samples(plans, found)
+        resident = [(p.step.candidate, p.task, how.file) for p, (_, how) in zip(plans, ready, strict=True)
+                    if p.step.candidate.policy.name == "resident"]
+        today = time_today(resident if asked.baselines else [], rows, folder, left_out, samples,
+                           threads=asked.threads)
+        broken = sum(r.stopped not in (None, NO_TIME) for r in found)
+        summary, by_storage, verdicts, gates = judge(rows, broken=broken)
+        result = Validation(
             mode="quick" if asked.quick else "full", device=load_device(device).name,
             date=datetime.datetime.now(datetime.UTC).date().isoformat(), took_s=time.monotonic() - begun,
-            predictions_sha256=digest, rows=rows, summary=whole, by_storage=by_storage, cells=verdicts,
-            steps=step_ratios(rows), gates=gates, baselines=baselines, left_out=left_out,
-            conditions={"rounds": len(repeats[0].runs), "load_before": load, "calibrated": asked.device is None})
+            predictions_sha256=digest, rows=rows, summary=summary, by_storage=by_storage, cells=verdicts,
+            steps=step_ratios(rows), gates=gates, baselines=today, left_out=left_out,
+            conditions={"rounds": len(whole[0][1].runs), "load_before": load, "calibrated": asked.device is None,
+                        "drive_settled_after_s": waited_s})
         if asked.record is not None:
-            _record(asked.record, found, Path(device) if asked.device is None else None, samples)
-        return found
+            _write_samples(asked.record, samples, drive)
+            write_text(asked.record / "validate.json", result.model_dump_json(by_alias=True, indent=1) + "\n")
+        return result
 
 
 # --- before -----------------------------------------------------------------------------------------
@@ -148,13 +188,34 @@ def _check_record(folder: Path) -> None:
         raise SpecError("is there already and is not overwritten; name a new folder", file=str(folder), key="--record")
 
 
-def _calibrate(asked: Ladder, folder: Path) -> str:
-    """The device file of this machine."""
+def _write_weights(asked: Ladder, folder: Path) -> Path:
+    """The file of random weights that every plan finds its own in."""
+    least = CALIBRATION_BYTES[asked.quick] if asked.device is None else 0
+    tasks = []
+    for model in asked.models or asked.length.models:
+        context = ask(asked.device or PROVISIONAL, model, prompt=asked.prompt, new_tokens=asked.new_tokens,
+                      weights=asked.weights or PREFERRED, kv=asked.weights or PREFERRED, trace=asked.trace,
+                      policy=POLICIES).context(asked.weights or PREFERRED)
+        tasks += [layout_of(context, by_neuron=False)]
+        if context.trace is not None:
+            tasks += [layout_of(context, by_neuron=True, bundled=bundled) for bundled in (False, True)]
+    largest = max(tasks, key=lambda layout: layout.n_bytes)
+    return write_random(largest, folder, at_least_bytes=least, say=_say)
+
+
+def _calibrate(asked: Ladder, kept: Path, folder: Path, file: Path) -> str:
+    """The device file of this machine, its drive measured on the file that the plans read."""
     seconds = min(asked.length.calibration_s, (asked.total_s or asked.length.total_s) / 4)
     _say(f"calibrating for {seconds:.0f} s")
-    out = folder / "here.toml"
-    calibrate_device(out, Asked(quick=asked.quick, budget_s=seconds, scratch=folder, threads=asked.threads,
-                                device="cpu"))
+    out = kept / "here.toml"
+    try:
+        calibrate_device(out, Asked(quick=asked.quick, budget_s=seconds, scratch=folder, file=file, device="cpu",
+                                    threads=asked.threads, dtypes=(asked.weights or PREFERRED,)))
+    except CalibrationError as error:
+        if asked.record is None:
+            error.message = error.message.replace(f" (raw samples are in {raw_path(out)})",
+                                                  " (--record DIR keeps the raw samples)")
+        raise
     return str(out)
 
 
@@ -213,10 +274,6 @@ def _in_time(plans: list[_Plan], left_s: float, left_out: dict[str, str]) -> lis
         return (plan.task.n_tokens + plan.task.lead) * plan.step.expected_s + OPENING_S \
             + held / context.storage_link[1].rate.value
 
-    files = {(p.task.layout.model, p.task.layout.parts, p.task.layout.bundled):
-             p.task.layout.n_bytes / p.step.candidate.context.storage_link[1].rate.value for p in plans
-             if p.step.cell.storage == "real"}
-    left_s -= WRITE_TIMES_READ * sum(files.values())
     cost = {p.step.id: LEAST_ROUNDS * seconds(p) for p in plans}
     for plan in sorted((p for p in plans if p.step.extra), key=lambda p: -cost[p.step.id]):
         if sum(cost.values()) <= left_s:
@@ -242,7 +299,6 @@ def _write_predictions(plans: Sequence[_Plan], device: str, folder: Path) -> str
     text = json.dumps({"schema": "simmem.predictions/1", "device": load_device(device).name,
                        "written": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"), "rows": rows},
                       indent=1) + "\n"
-    folder.mkdir(parents=True, exist_ok=True)
     write_text(folder / "predictions.json", text)
     digest = hashlib.sha256(text.encode()).hexdigest()
     _say(f"{len(plans)} predictions written down, sha256 {digest}")
@@ -252,84 +308,28 @@ def _write_predictions(plans: Sequence[_Plan], device: str, folder: Path) -> str
 # --- after ------------------------------------------------------------------------------------------
 
 
-def _row(plan: _Plan, repeats: Repeats) -> LadderRow:
+def _row(plan: _Plan, repeats: Repeats, drive: Drive) -> LadderRow:
+    conditions = dict(repeats.conditions)
+    if plan.step.cell.storage == "real":
+        conditions |= drive.conditions(plan.task, repeats)
     row: RunRow = run_row(
         plan.step.id, plan.step.candidate, plan.predicted, [r.timelines for r in repeats.runs],
         np.array([r.counted.moved_bytes for r in repeats.runs], np.float64), plan.step.cell.storage,
-        conditions=repeats.conditions)
+        conditions=conditions)
     return LadderRow(**{name: getattr(row, name) for name in RunRow.model_fields}, cell=plan.step.cell.name,
                      budget_share=plan.step.cell.share, chosen=plan.step.chosen)
 
 
-def _baselines(asked: Ladder, plans: Sequence[_Plan], ready: Sequence[tuple[Task, How]], rows: Sequence[LadderRow],
-               folder: Path, left_out: dict[str, str], samples: dict[str, Any]) -> list[BaselineRow]:
-    """What users run today, for every model; adds its raw samples."""
-    found: list[BaselineRow] = []
-    dense = {p.task.layout.model: (p, how.file) for p, (_, how) in zip(plans, ready, strict=True)
-             if p.step.candidate.policy.name == "resident"}
-    for model, (plan, file) in dense.items():
-        mine = [r for r in rows if r.model == model and r.storage == "real" and r.budget_share < 1]
-        fastest = min((r.measured_s.median for r in mine), default=None)
-        context = plan.step.candidate.context
-        loading_s = context.total_bytes / context.storage_link[1].rate.value
-        n = int(np.clip(BASELINE_S / loading_s, 1, BASELINE_TOKENS))
-        for what in ("mapped", "accelerate-disk"):
-            if what == "accelerate-disk" and not has_accelerate():
-                left_out[f"{model}/{what}"] = "accelerate is not installed"
-                continue
-            for cache in ("kept", "dropped"):
-                name = f"{model}/{what}/{cache}"
-                _say(f"running {name}")
-                runs = []
-                try:
-                    for number in range(LEAST_ROUNDS if what == "mapped" else 1):
-                        if what == "mapped":
-                            assert file is not None
-                            task = task_of(plan.step.candidate, n)
-                            runs.append(mapped_token_s(task, file, cache, threads=asked.threads))
-                        else:
-                            with tempfile.TemporaryDirectory(dir=folder) as offloaded:
-                                runs += np.array_split(accelerate_token_s(
-                                    context.model, context.workload.weights, Path(offloaded), cache,
-                                    context=round(context.workload.mean_decode_context),
-                                    n_tokens=LEAST_ROUNDS * -(-n // 2), threads=asked.threads),
-                                    LEAST_ROUNDS)
-                        del number
-                except SpecError as error:
-                    left_out[name] = str(error)
-                    continue
-                samples[name] = [r.tolist() for r in runs]
-                found.append(_baseline(name, model, context.workload.weights, what, cache, runs, fastest))
-    return found
+def _samples(plans: Sequence[_Plan], found: Sequence[Repeats]) -> dict[str, Any]:
+    return {p.step.id: [r.token_s.tolist() for r in repeats.runs] for p, repeats in zip(plans, found, strict=True)}
 
 
-def _baseline(name: str, model: str, weights: str, what: str, cache: PageCache, runs: Sequence[np.ndarray[Any, Any]],
-              fastest: float | None) -> BaselineRow:
-    every = np.concatenate(runs)
-    medians = [float(np.median(r)) for r in runs]
-    middle = float(np.median(medians))
-    return BaselineRow(
-        id=name, model=model, weights=weights, what=what, page_cache=cache, noise_floor=noise_floor(medians),
-        measured_s=Measured(median=middle, p10=float(np.quantile(every, 0.1)), p90=float(np.quantile(every, 0.9)),
-                            n=len(every)),
-        times_fastest=None if fastest is None else middle / fastest)
-
-
-def _record(folder: Path, found: Validation, device: Path | None, samples: Mapping[str, Any]) -> None:
-    """Keep the document, the raw samples and what was calibrated; the predictions lie there already."""
-    write_text(folder / "validate.json", found.model_dump_json(by_alias=True, indent=1) + "\n")
-    write_text(folder / "samples.json", json.dumps({"unit": "s, one list of tokens a round", **samples}) + "\n")
-    for path in _calibrated(device):
-        write_text(folder / path.name, path.read_text(encoding="utf-8"))
-
-
-def _calibrated(device: Path | None) -> Iterable[Path]:
-    return () if device is None else (device, raw_path(device))
-
-
-def _progress(number: int, done: int, n: int) -> None:
-    if done == 0:
-        _say(f"round {number + 1}: {n} plans")
+def _write_samples(folder: Path, samples: Mapping[str, Any], drive: Drive) -> None:
+    """Raw samples, after every round: what ends a run later does not take them along."""
+    write_text(folder / "samples.json", json.dumps({
+        "unit": "s, one list of tokens a round", **samples,
+        "plain reads, s": [{"size_bytes": size, "depth": depth, "rounds": looks}
+                           for (size, depth), looks in drive.looks.seconds.items()]}) + "\n")
 
 
 def _say(line: str) -> None:

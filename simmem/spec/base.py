@@ -31,6 +31,7 @@ __all__ = [
     "JoulePerByte",
     "JoulePerFlop",
     "Kind",
+    "NormExponent",
     "Ratio",
     "Seconds",
     "Watt",
@@ -188,6 +189,18 @@ class Exponent(Figure):
     def _is_mild(self) -> Exponent:
         if not 0 <= self.value <= 2:
             raise ValueError(f"an exponent lies in [0, 2], found {self.value:g}")
+        return self
+
+
+class NormExponent(Figure):
+    """The p of a norm that joins two times, from 1 (they add up) to 64 (the longer one counts)."""
+
+    dimension = "ratio"
+
+    @model_validator(mode="after")
+    def _is_a_norm(self) -> NormExponent:
+        if not 1 <= self.value <= 64:
+            raise ValueError(f"the exponent of a norm lies in [1, 64], found {self.value:g}")
         return self
 
 

@@ -2,7 +2,8 @@
 
 For every kind of op and precision that was measured: seconds as a sum of physical features with coefficients that are
 never negative, perhaps a smooth correction, the range that the measurements covered and how far they lay from it.
-`simmem.cost.regression` writes it, `simmem.cost.fitted` evaluates it; nothing in it is code.
+`simmem.cost.regression` writes it, `simmem.cost.fitted` evaluates it; nothing in it is code. Beside those, or instead
+of them: factors on the time of whole phases, learnt from plans that were run (`simmem.cost.phases`).
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ __all__ = [
     "FittedCost",
     "Group",
     "Interval",
+    "PhaseFactor",
+    "PhaseName",
     "Residual",
     "Spline",
     "SplinePair",
@@ -31,11 +34,18 @@ __all__ = [
 MAX_FILE_BYTES = 1 << 20
 MAX_GROUPS = 64
 MAX_TERMS = 64
+MAX_PHASES = 64
+MAX_SPENT = 4096
+LARGEST_FACTOR = 64.0
+"""A prediction that is further off is wrong, not in need of a correction."""
 
 Axis = Literal["rows", "cols", "batch"]
 Feature = Literal["launches", "weights", "activations", "rows", "row_starts", "far_weights", "passes", "flop",
                   "far_flop", "tiles", "fit_tiles"]
 """See `simmem.cost.features`."""
+
+PhaseName = Literal["flash", "copy", "upkeep", "predictor", "attention", "FFN", "head", "step"]
+"""What a run's time is split into; `wait` is not among them: nothing runs then, so nothing can be corrected."""
 
 _Word = Annotated[str, Field(max_length=40, pattern=r"^[a-z0-9_-]*$")]
 _Text = Annotated[str, Field(max_length=200, pattern=r"^[^\x00-\x1f\x7f]*$")]
@@ -174,22 +184,57 @@ class Group(Frozen):
         return self
 
 
+class PhaseFactor(Frozen):
+    """What plans that were run say of the time of a phase: measured ≈ factor · what the device's figures predict."""
+
+    phase: PhaseName
+    dtype: _Word
+    """Of the weights; empty for what does not multiply."""
+    agent: _Text
+    """That the ops run on; empty for reads and copies."""
+    factor: float = Field(ge=1 / LARGEST_FACTOR, le=LARGEST_FACTOR)
+    low: float = Field(gt=0, le=LARGEST_FACTOR**2)
+    high: float = Field(gt=0, le=LARGEST_FACTOR**2)
+    """Nine in ten held-out rows took between low and high times what the figures predict."""
+    rows: int = Field(ge=1)
+    """Of the last time it was learnt."""
+    groups: int = Field(ge=2)
+    """Held out in turn, to judge it."""
+    error_before: float = Field(ge=0)
+    error_after: float = Field(ge=0)
+    """Mean |predicted / measured - 1| of held-out rows, without and with what was learnt last."""
+    spent: Annotated[tuple[_Text, ...], Field(min_length=1, max_length=MAX_SPENT)]
+    """The rows it was learnt from, digest and name: they judge it no more."""
+
+    @model_validator(mode="after")
+    def _in_order(self) -> PhaseFactor:
+        if not self.low <= self.factor <= self.high:
+            raise ValueError(f"the factor {self.factor:g} lies outside its own range {self.low:g} to {self.high:g}")
+        return self
+
+
 class FittedCost(Frozen):
-    """A cost model fitted to the measurements of one device."""
+    """A cost model of one device: fitted to its measurements, corrected by runs, or both."""
 
     schema_: Literal["simmem.cost/1"] = Field(default="simmem.cost/1", alias="schema")
     name: _Text
-    """Of the device that was measured."""
+    """Of the device that was measured. A factor on its reads holds for a device of this name alone: one that was given
+    another's drive has another name."""
     date: _Text
-    groups: Annotated[tuple[Group, ...], Field(min_length=1, max_length=MAX_GROUPS)]
+    groups: Annotated[tuple[Group, ...], Field(max_length=MAX_GROUPS)]
     left_out: dict[_Text, _Text] = Field(default_factory=dict)
     """Kinds that were measured and not fitted, and why: those stay with the roofline."""
+    phases: Annotated[tuple[PhaseFactor, ...], Field(max_length=MAX_PHASES)] = ()
 
     @model_validator(mode="after")
     def _each_once(self) -> FittedCost:
+        if not self.groups and not self.phases:
+            raise ValueError("a cost model has at least 1 group or factor")
         keys = [(g.kind, g.dtype, g.agent, g.level, g.threads, g.variant) for g in self.groups]
         if len(set(keys)) != len(keys):
             raise ValueError("two groups are of the same ops")
+        if len({(p.phase, p.dtype, p.agent) for p in self.phases}) != len(self.phases):
+            raise ValueError("two factors are of the same phase")
         return self
 
     def to_json(self) -> str:

@@ -25,6 +25,7 @@ from simmem.spec.base import (
     JoulePerByte,
     JoulePerFlop,
     Kind,
+    NormExponent,
     Ratio,
     Seconds,
     Watt,
@@ -106,6 +107,9 @@ class Link(Frozen):
     """storage: beyond this many threads, more threads lose throughput."""
     overload_exponent: Exponent | None = None
     """storage: request time grows as (depth / best_depth) to this power past `best_depth`."""
+    saturation_exponent: NormExponent | None = None
+    """storage: how sharply throughput bends from latency to saturation; at least 1 (service times scatter), 2 where
+    absent, more where they do not."""
     sustained_rate: BytesPerSecond | None = None
     energy_per_byte: JoulePerByte | None = None
 
@@ -273,8 +277,9 @@ class Device(Frozen):
         # Kernels of another stack: what was fitted to an agent as it was measured is not about it.
         model = self.cost_model
         kept = tuple(g for g in model.groups if changed.get(g.agent) is self.agent.get(g.agent)) if model else ()
+        phases = tuple(p for p in model.phases if changed.get(p.agent) is self.agent.get(p.agent)) if model else ()
         return self.model_copy(update={"agent": changed, "cost_model": model and (
-            model.model_copy(update={"groups": kept}) if kept else None)})
+            model.model_copy(update={"groups": kept, "phases": phases}) if kept or phases else None)})
 
 
 def _collect(prefix: str, part: Frozen, found: dict[str, Figure]) -> None:
@@ -292,9 +297,10 @@ def load_device(name: str, *, relative_to: Path | None = None) -> Device:
     if isinstance(named, str):
         data["cost_model"] = _cost_model(path, named)
     device = validate(Device, data, file=str(path))
-    for group in device.cost_model.groups if device.cost_model else ():
-        if group.agent not in device.agent:
-            raise SpecError(f"holds a cost model of the agent {group.agent!r}, which this device has not",
+    model = device.cost_model
+    for agent in (*(g.agent for g in model.groups), *(p.agent for p in model.phases if p.agent)) if model else ():
+        if agent not in device.agent:
+            raise SpecError(f"holds a cost model of the agent {agent!r}, which this device has not",
                             file=str(path), key="cost_model")
     return device
 

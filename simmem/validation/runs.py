@@ -14,10 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field
 
+from simmem.cost.phases import phase_of
 from simmem.planner.candidate import Candidate
 from simmem.planner.predict import interval_factors
 from simmem.policy.base import KnobValue
-from simmem.schedule import OpKind, Schedule
+from simmem.schedule import Schedule
 from simmem.sim.timeline import Timeline
 from simmem.spec.device import Device
 
@@ -35,9 +36,6 @@ drive, which other programs use too."""
 NOISE_LIMIT = 0.10
 """Above this noise floor a row says nothing."""
 PHASES = ("flash", "copy", "upkeep", "predictor", "attention", "FFN", "head", "step", "wait")
-_OF_KIND = {OpKind.IO: "flash", OpKind.TRANSFER: "copy", OpKind.MEMORY: "upkeep", OpKind.PREDICTOR: "predictor",
-            OpKind.SYNC: "step"}
-_OF_CLASS = {"ffn": "FFN", "head": "head"}
 
 
 class _Part(BaseModel):
@@ -136,7 +134,7 @@ def phase_seconds(timelines: Sequence[Timeline]) -> dict[str, float]:
         held = line.free_s - line.start_s
         for op in np.flatnonzero(s.timed).tolist():
             what = s.classes[int(s.op_class[op])]
-            total[_OF_CLASS.get(what.name) or _OF_KIND.get(what.kind, "attention")] += float(held[op])
+            total[phase_of(what)] += float(held[op])
         total["wait"] += _idle_seconds(line)
     return {name: seconds / len(timelines) for name, seconds in total.items()}
 

@@ -209,14 +209,20 @@ def step_ratios(rows: Sequence[LadderRow]) -> list[StepRatio]:
     return found
 
 
-def judge(rows: Sequence[LadderRow]) -> tuple[Summary, dict[str, Summary], list[CellVerdict], list[Gate]]:
-    """Summary of all rows and of each storage, every cell's verdict, and what must hold."""
+def judge(rows: Sequence[LadderRow], *, broken: int = 0
+          ) -> tuple[Summary, dict[str, Summary], list[CellVerdict], list[Gate]]:
+    """Summary of all rows and of each storage, every cell's verdict, and what must hold.
+
+    broken : plans that something went wrong with, so that they have no row.
+    """
     whole = summary_of(rows)
     by_storage: dict[str, Summary] = {name: summary_of([r for r in rows if r.storage == name])
                   for name in dict.fromkeys(r.storage for r in rows)}
     moved = [r.bytes.predicted == r.bytes.measured and "bytes" not in r.why for r in rows]
     real, emulated = by_storage.get("real"), by_storage.get("emulated")
     gates = [_gate("rows that moved exactly the planned bytes", float(np.mean(moved)) if rows else None, low=1.0)]
+    if broken:
+        gates.append(_gate("plans that could be run to the end", len(rows) / (len(rows) + broken), low=1.0))
     if real is not None:
         gates.append(_gate("MAPE, real storage", real.mape, high=0.12))
     if emulated is not None:
@@ -225,10 +231,10 @@ def judge(rows: Sequence[LadderRow]) -> tuple[Summary, dict[str, Summary], list[
     gates += [_gate("Kendall tau-b", whole.kendall_tau, low=0.85), _gate("regret", whole.regret, high=0.05),
               _gate("coverage of 90 % intervals", whole.coverage, low=0.80,
                     high=0.97 if whole.n >= FEW_ROWS else None)]
-    reached = [p.predicted_s / p.measured_s for r in _conclusive(rows) if r.storage == "real"
-               and r.id.endswith("/naive") for p in r.phases if p.name == "flash" and p.measured_s > 0]
+    reached = [float(r.conditions["rate_over_plain_reads"]) for r in _conclusive(rows)
+               if r.id.endswith("/naive") and "rate_over_plain_reads" in r.conditions]
     if reached:
-        gates.append(_gate("share of the calibrated storage rate, naive loading", min(reached), low=0.9))
+        gates.append(_gate("storage rate of naive loading over that of plain reads", min(reached), low=0.9))
     published = [abs(s.error) for s in step_ratios(rows) if s.published is not None and s.conclusive]
     if published:
         gates.append(_gate("largest error of a published step's I/O ratio", max(published), high=0.15))

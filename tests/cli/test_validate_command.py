@@ -7,7 +7,6 @@ import json
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -15,7 +14,7 @@ import pytest
 from simmem.planner.predict import timelines
 from simmem.report import validate
 from simmem.runtime.execute.engine import Counted
-from simmem.runtime.execute.rounds import Repeats
+from simmem.runtime.execute.rounds import Repeats, Rounds
 from simmem.runtime.execute.session import How, Run, Session
 from simmem.runtime.execute.task import Task
 from simmem.sim.timeline import Timeline
@@ -62,16 +61,16 @@ def test_a_ladder_that_is_really_run(simmem: Simmem, tmp_path: Path) -> None:
     assert (again.code, "not overwritten" in again.err) == (2, True)
 
 
-Rounds = Callable[..., list[Repeats]]
+RunRounds = Callable[[list[tuple[Task, How]], Rounds], list[Repeats]]
 
 
-def rounds_of(factors: tuple[float, ...], extra_bytes: int = 0) -> Rounds:
+def rounds_of(factors: tuple[float, ...], extra_bytes: int = 0) -> RunRounds:
     """Rounds in which every plan takes `factors` times as long as predicted."""
     def stretched(line: Timeline, factor: float) -> Timeline:
         return Timeline(line.schedule, *(np.asarray(t * factor) for t in (line.start_s, line.free_s, line.end_s)),
                         "by hand")
 
-    def run(tasks: list[tuple[Task, How]], **_: Any) -> list[Repeats]:
+    def run(tasks: list[tuple[Task, How]], _: Rounds) -> list[Repeats]:
         found = []
         for task, _how in tasks:
             lines = timelines(task.candidate, task.rows)
@@ -91,7 +90,7 @@ def rounds_of(factors: tuple[float, ...], extra_bytes: int = 0) -> Rounds:
     (rounds_of((1.0, 1.0, 1.0), extra_bytes=1), 1, ""),
     (rounds_of((1.0, 1.3, 1.6)), 4, "too noisy to judge"),
 ], ids=["as predicted", "slower", "other bytes", "noisy"])
-def test_exit_codes(simmem: Simmem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: Rounds, code: int,
+def test_exit_codes(simmem: Simmem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rounds: RunRounds, code: int,
                     said: str) -> None:
     monkeypatch.setattr(validate, "run_rounds", rounds)
     ended = simmem(*SMALL, "--share", 0.75, "--emulate", "none", "--no-baselines", "--scratch", tmp_path)

@@ -18,8 +18,10 @@ from simmem.planner.candidate import Candidate
 from simmem.planner.predict import timelines
 from simmem.policy.families.flash_window import FlashWindow
 from simmem.runtime.execute import staging
+from simmem.runtime.execute.drive import DriveLooks, look, settle
 from simmem.runtime.execute.engine import Engine
-from simmem.runtime.execute.session import How, Run, open_session
+from simmem.runtime.execute.rounds import NO_TIME, Rounds, run_rounds, write_files
+from simmem.runtime.execute.session import How, Run, Session, open_session
 from simmem.runtime.execute.task import task_of
 from simmem.runtime.execute.weights import RandomWeights, block_sums, random_weights, weight_file
 from simmem.spec.device import load_device
@@ -279,10 +281,57 @@ def test_a_weight_file_is_used_again_while_it_is_the_same(model: Model, tmp_path
         assert len(written) == 3
 
 
+def test_one_file_of_random_weights_serves_all_layouts_of_a_precision(model: Model, tmp_path: Path) -> None:
+    tasks = [task_of(c, 4) for c in (windowed(model), windowed(model, bundled=False),
+                                     candidate(model, "stream", STREAM))]
+    assert len({t.layout.n_bytes for t in tasks}) > 1
+    ready = write_files([(t, How(check=True)) for t in tasks], tmp_path)
+    assert len({how.file for _, how in ready}) == 1
+    assert len(list(tmp_path.glob("weights-*[0-9a-f]"))) == 1
+    rounds = run_rounds(ready, Rounds(budget_s=0.0, least=1, most=1))
+    assert [(len(r.runs), r.stopped) for r in rounds] == [(1, None)] * 3  # checksums of every block held
+    assert write_files([(t, How()) for t in tasks], tmp_path)[0][1].file == ready[0][1].file
+
+
+def test_a_plan_that_breaks_ends_alone_and_what_takes_too_long_is_dropped(
+        model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tasks = [task_of(c, 2) for c in (windowed(model), candidate(model, "stream", STREAM),
+                                     windowed(model, bundled=False))]
+    ready = write_files([(t, How()) for t in tasks], tmp_path)
+    run, seen = Session.run, list[list[str | None]]()
+
+    def broken(self: Session) -> Run:
+        if self.task is tasks[0]:
+            raise MachineError("the drive is gone")
+        return run(self)
+
+    monkeypatch.setattr(Session, "run", broken)
+    found = run_rounds(ready, Rounds(budget_s=0.0, extra=(False, False, True),
+                                     after=lambda r: seen.append([one.stopped for one in r])))
+    assert [len(r.runs) for r in found] == [0, 3, 1]
+    assert [r.stopped for r in found] == ["the drive is gone", None, NO_TIME]
+    assert len(seen) == 3
+
+
+def test_plain_reads_see_the_drive(model: Model, tmp_path: Path) -> None:
+    task = task_of(candidate(model, "stream", STREAM), 2)
+    (_, how), = write_files([(task, How(source=RandomWeights("fp32", at_least_bytes=8 << 20)))], tmp_path)
+    assert how.file is not None
+    looks, said = DriveLooks(), list[str]()
+    for _ in range(2):
+        look(how.file, [(4096, 4), (1 << 20, 1)], looks)
+    assert looks.per_look((4096, 4))[1] > 0
+    assert len(looks.seconds[1 << 20, 1]) == 2
+    settle(how.file, 0.1, said.append)
+    assert said == [] or "has not settled" in said[0]
+    with pytest.raises(MachineError, match="nowhere"):
+        look(tmp_path / "nowhere", [(4096, 1)], looks)
+
+
 def test_another_file_is_not_overwritten(model: Model, tmp_path: Path) -> None:
     file = tmp_path / "thesis"
     file.write_text("chapter one")
-    with pytest.raises(SpecError, match="not a weight file of simmem"):
+    with pytest.raises(SpecError, match="not a weight file of this version"):
         run_of(windowed(model), tmp_path, file=file)
     assert file.read_text() == "chapter one"
 

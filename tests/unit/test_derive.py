@@ -16,11 +16,11 @@ from simmem.spec import library
 from simmem.spec.base import Kind
 from simmem.spec.device import load_device
 from simmem.spec.measurement import Measurements, load_measurements
-from tests.measurements import COPY_RATE, PEAKS, PRODUCT_RATE, READ_RATE, SURFACE, measurements
+from tests.measurements import COPY_RATE, PEAKS, PRODUCT_RATE, SURFACE, measurements
 
 TRUTH = {
     "memory.flash.capacity": 1e12, "memory.dram.capacity": 32e9, "memory.dram.reserved": 2e9, "link.flash.block": 4096,
-    "memory.dram.rate": COPY_RATE, "agent.cpu.rate": READ_RATE, "agent.cpu.rate_share": PRODUCT_RATE / READ_RATE,
+    "memory.dram.rate": COPY_RATE, "agent.cpu.rate": PRODUCT_RATE, "agent.cpu.rate_share": 1.0,
     "agent.cpu.flop_per_s.fp32": PEAKS["fp32"], "agent.cpu.flop_per_s.bf16": PEAKS["bf16"],
     "agent.cpu.op_overhead": 4e-6, "agent.cpu.step_overhead": 40e-6, "link.flash.cached_rate": 9e9,
     "link.flash.latency": SURFACE.latency_s, "link.flash.single_rate": SURFACE.single_rate,

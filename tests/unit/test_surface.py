@@ -188,7 +188,15 @@ def test_what_points_cannot_tell_is_said_and_stays_as_usual() -> None:
     figures = dict(zip(PARAMETERS, (90e-6, 2e9, 3e-6, 8e9, 4e9), strict=True))
     everything = fit_surface([ReadPoint(4 * KIB, 1, 4e7)], known=figures)
     assert everything.undetermined == ()
-    assert everything.surface == HAND
+    assert everything.surface == replace(HAND, saturation_exponent=pytest.approx(2.0))
+
+
+@pytest.mark.parametrize("p", [1.2, 1.5, 2.0, 4.0])
+def test_how_a_drive_bends_into_saturation_is_found(p: float) -> None:
+    bent = replace(HAND, saturation_exponent=p)
+    found = fit_surface(measured(bent, [4 * KIB, 32 * KIB, 256 * KIB], [1.0, 2.0, 4.0, 8.0, 16.0, 32.0])).surface
+    assert found.saturation_exponent == pytest.approx(p, rel=0.2)  # held a little towards what is usual
+    assert found.throughput(16 * KIB, 6) == pytest.approx(bent.throughput(16 * KIB, 6), rel=0.03)
 
 
 def test_cached_reads_say_nothing_of_the_device() -> None:

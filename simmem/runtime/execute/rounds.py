@@ -16,16 +16,19 @@ from pathlib import Path
 import numpy as np
 
 from simmem.errors import MachineError
+from simmem.runtime.execute.layout import Layout
 from simmem.runtime.execute.session import How, Run, open_session
 from simmem.runtime.execute.task import Task
-from simmem.runtime.execute.weights import RandomWeights, weight_file
+from simmem.runtime.execute.weights import RandomWeights, Source, weight_file
 from simmem.units import format_quantity
 
-__all__ = ["Repeats", "run_rounds", "write_files"]
+__all__ = ["LEAST_ROUNDS", "NO_TIME", "Repeats", "Rounds", "run_rounds", "write_files",
+           "write_random"]
 
 Condition = bool | int | float | str
 LEAST_ROUNDS = 3
 """Fewer say nothing of the noise."""
+NO_TIME = "no time for it"
 
 
 @dataclass
@@ -35,6 +38,25 @@ class Repeats:
     runs: list[Run] = field(default_factory=list)
     conditions: dict[str, Condition] = field(default_factory=dict)
     """Of the last session, and the load of the machine over the last minute at the start of each round."""
+    stopped: str | None = None
+    """Why it was not run in every round: no time, or what went wrong."""
+
+
+@dataclass(frozen=True)
+class Rounds:
+    """How rounds are run."""
+
+    budget_s: float
+    """A round that would not end within it is not begun, once there were `least`. [s]"""
+    least: int = LEAST_ROUNDS
+    most: int = 7
+    seed: int = 0
+    extra: Sequence[bool] = ()
+    """Plans that may be dropped after the first round, where it took longer than the time allows; () for none."""
+    before: Callable[[int], None] = lambda _: None
+    """Called with the number of a round that begins."""
+    after: Callable[[Sequence[Repeats]], None] = lambda _: None
+    """Called after each round with what there is."""
 
 
 def write_files(tasks: Sequence[tuple[Task, How]], folder: Path) -> list[tuple[Task, How]]:
@@ -45,14 +67,22 @@ def write_files(tasks: Sequence[tuple[Task, How]], folder: Path) -> list[tuple[T
     Raises MachineError where the files find no room.
     """
     needed: dict[Path, int] = {}
+    largest: dict[str, int] = {}
+    for task, how in tasks:
+        if how.storage == "real" and how.source is None:
+            kind = task.layout.precision
+            largest[kind] = max(largest.get(kind, 0), task.layout.n_bytes)
     found = []
     for task, how in tasks:
         if how.storage == "real":
-            source = how.source or RandomWeights(task.layout.precision)
-            how = replace(how, file=folder / f"weights-{task.layout.digest(source.name)[:16]}", source=source)
+            kind = task.layout.precision
+            source = how.source or RandomWeights(kind, at_least_bytes=largest[kind])
+            how = replace(how, file=_file_of(task.layout, source, folder), source=source)
             assert how.file is not None
-            needed[how.file] = task.layout.n_bytes + 8 * task.layout.n_blocks
+            size = source.size_bytes(task.layout)
+            needed[how.file] = size + 8 * (size // task.layout.block_bytes)
         found.append((task, how))
+    needed = {file: size for file, size in needed.items() if not file.exists()}
     total, free = sum(needed.values()), shutil.disk_usage(folder).free
     if total > free:
         raise MachineError(f"the weight files take {format_quantity(total, 'bytes')}, "
@@ -66,31 +96,57 @@ def write_files(tasks: Sequence[tuple[Task, How]], folder: Path) -> list[tuple[T
     return found
 
 
-def run_rounds(tasks: Sequence[tuple[Task, How]], *, budget_s: float, least: int = LEAST_ROUNDS, most: int = 7,
-               seed: int = 0, told: Callable[[int, int, int], None] = lambda *_: None) -> list[Repeats]:
-    """Run all plans, round after round.
+def write_random(layout: Layout, folder: Path, *, at_least_bytes: int = 0, say: Callable[[str], None] = lambda _: None
+                 ) -> Path:
+    """Write random weights where `write_files` finds them for any layout of this precision that needs no more."""
+    source = RandomWeights(layout.precision, at_least_bytes=at_least_bytes)
+    file = _file_of(layout, source, folder)
+    with weight_file(layout, source, file=file, say=say):
+        return file
 
-    Parameters
-    ----------
-    budget_s : a round that would not end within it is not begun, once there were `least`. [s]
-    most : rounds at most.
-    told : (round, plans of it that are done, plans) as it goes on.
 
-    Raises MachineError where a plan cannot be run.
-    """
+def _file_of(layout: Layout, source: Source, folder: Path) -> Path:
+    return folder / f"weights-{source.digest(layout)[:16]}"
+
+
+def run_rounds(tasks: Sequence[tuple[Task, How]], rounds: Rounds) -> list[Repeats]:
+    """Run all plans, round after round. What one plan breaks on ends that plan alone, and is said in its `stopped`."""
     found = [Repeats() for _ in tasks]
-    order = np.random.default_rng(seed)
+    took = [0.0] * len(tasks)
+    order = np.random.default_rng(rounds.seed)
     begun = time.monotonic()
-    for number in range(most):
+    for number in range(rounds.most):
         round_begun = time.monotonic()
         load = os.getloadavg()[0] if hasattr(os, "getloadavg") else -1.0
-        for done, index in enumerate(order.permutation(len(tasks)).tolist()):
-            told(number, done, len(tasks))
-            with open_session(*tasks[index]) as session:
-                found[index].runs.append(session.run())
-                found[index].conditions |= session.conditions()
-            found[index].conditions[f"load_round_{number + 1}"] = load
+        rounds.before(number)
+        for index in order.permutation(len(tasks)).tolist():
+            mine = found[index]
+            if mine.stopped is not None:
+                continue
+            plan_begun = time.monotonic()
+            try:
+                with open_session(*tasks[index]) as session:
+                    mine.runs.append(session.run())
+                    mine.conditions |= session.conditions()
+            except MachineError as error:
+                mine.stopped = str(error)
+            mine.conditions[f"load_round_{number + 1}"] = load
+            took[index] = time.monotonic() - plan_begun
+        rounds.after(found)
         now = time.monotonic()
-        if number + 1 >= least and now - begun + (now - round_begun) > budget_s:
+        if number == 0:
+            _drop(found, took, rounds, rounds.budget_s - (now - begun))
+        if number + 1 >= rounds.least and now - begun + (now - round_begun) > rounds.budget_s:
             break
     return found
+
+
+def _drop(found: Sequence[Repeats], took: Sequence[float], rounds: Rounds, left_s: float) -> None:
+    """Drop extra plans, the longest first, until the rounds that are needed fit into the time left."""
+    needed = (rounds.least - 1) * sum(t for t, mine in zip(took, found, strict=True) if mine.stopped is None)
+    for index in sorted(range(len(took)), key=lambda i: -took[i]):
+        if needed <= left_s:
+            return
+        if rounds.extra and rounds.extra[index] and found[index].stopped is None:
+            found[index].stopped = NO_TIME
+            needed -= (rounds.least - 1) * took[index]

@@ -25,7 +25,7 @@ from simmem.runtime.execute.measured import timeline_of
 from simmem.runtime.execute.memory import Memory, memory_bytes
 from simmem.runtime.execute.staging import check_memory
 from simmem.runtime.execute.task import Task
-from simmem.runtime.execute.weights import RandomWeights, Source, WeightFile, contents, random_weights, weight_file
+from simmem.runtime.execute.weights import RandomWeights, Source, WeightFile, random_weights, weight_file
 from simmem.runtime.models import machine_failures, require
 from simmem.runtime.reader import Reader, Store
 from simmem.sim.timeline import Timeline
@@ -239,6 +239,6 @@ def _image(layout: Layout, source: Source) -> NDArray[np.uint8]:
         return random_weights(n_bytes, layout.precision, source.seed)
     check_memory(layout.n_bytes, "dram")
     image = np.zeros(layout.n_bytes, np.uint8)
-    for offset, data in contents(layout, source):
+    for offset, data in source.contents(layout):
         image[offset : offset + len(data)] = data
     return image

@@ -29,7 +29,7 @@ from simmem.units import format_quantity
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["NetworkWeights", "RandomWeights", "Source", "WeightCheck", "WeightFile", "block_sums", "contents",
+__all__ = ["NetworkWeights", "RandomWeights", "Source", "WeightCheck", "WeightFile", "block_sums",
            "random_weights", "weight_file"]
 
 Bytes = NDArray[np.uint8]
@@ -52,11 +52,14 @@ class Source(Protocol):
     def name(self) -> str:
         """Says whose bytes these are; the same name means the same bytes."""
 
-    def stage(self, stage: Stage, layer: int | None) -> Bytes:
-        """The bytes of a stage, (stage.n_bytes,)."""
+    def digest(self, layout: Layout) -> str:
+        """Names a file that holds these bytes where this layout looks for them."""
 
-    def area(self, layout: Layout, slots: Slots, area: int) -> Bytes:
-        """The bytes of an area of slots, (rows · slot_bytes,)."""
+    def size_bytes(self, layout: Layout) -> int:
+        """Of the file without its checksums, whole blocks. [B]"""
+
+    def contents(self, layout: Layout) -> Iterator[tuple[int, Bytes]]:
+        """(offset, bytes) of all that the file holds, in order."""
 
 
 def random_weights(n_bytes: int, precision: str, seed: int) -> Bytes:
@@ -71,20 +74,28 @@ def random_weights(n_bytes: int, precision: str, seed: int) -> Bytes:
 
 @dataclass(frozen=True)
 class RandomWeights:
-    """Weights that no model has, in the place of any."""
+    """Weights that no model has, in the place of any: one file serves every layout of a precision that fits into it."""
 
     precision: str
     seed: int = 0
+    at_least_bytes: int = 0
+    """Of the file, so that later layouts find room in it."""
 
     @property
     def name(self) -> str:
         return f"random weights, seed {self.seed}"
 
-    def stage(self, stage: Stage, layer: int | None) -> Bytes:
-        return random_weights(stage.n_bytes, self.precision, self.seed + stage.offset)
+    def digest(self, layout: Layout) -> str:
+        said = f"{self.name}, {self.precision}, blocks of {layout.block_bytes}"
+        return hashlib.sha256(said.encode()).hexdigest()
 
-    def area(self, layout: Layout, slots: Slots, area: int) -> Bytes:
-        return random_weights(slots.area_bytes, self.precision, self.seed + slots.area_offset(area))
+    def size_bytes(self, layout: Layout) -> int:
+        return -(-max(layout.n_bytes, self.at_least_bytes) // layout.block_bytes) * layout.block_bytes
+
+    def contents(self, layout: Layout) -> Iterator[tuple[int, Bytes]]:
+        size = self.size_bytes(layout)
+        for offset in range(0, size, CHUNK_BYTES):
+            yield offset, random_weights(min(CHUNK_BYTES, size - offset), self.precision, self.seed + offset)
 
 
 class NetworkWeights:
@@ -106,7 +117,21 @@ class NetworkWeights:
                 hasher.update(_bytes_of(group[key], precision).data)
         self.name = f"network {hasher.hexdigest()}"
 
-    def stage(self, stage: Stage, layer: int | None) -> Bytes:
+    def digest(self, layout: Layout) -> str:
+        return layout.digest(self.name)
+
+    def size_bytes(self, layout: Layout) -> int:
+        return layout.n_bytes
+
+    def contents(self, layout: Layout) -> Iterator[tuple[int, Bytes]]:
+        for layer, stage in layout.stages():
+            yield stage.offset, self._stage(stage, layer)
+        for slots in (layout.units, layout.embedding):
+            for area in range(slots.areas if slots else 0):
+                assert slots is not None
+                yield slots.area_offset(area), self._area(layout, slots, area)
+
+    def _stage(self, stage: Stage, layer: int | None) -> Bytes:
         group = self._others if layer is None else self._layers[layer]
         found = np.zeros(stage.n_bytes, np.uint8)
         for tensor in stage.tensors:
@@ -117,7 +142,7 @@ class NetworkWeights:
             found[tensor.offset:tensor.offset + tensor.n_bytes] = _bytes_of(given, self._precision)
         return found
 
-    def area(self, layout: Layout, slots: Slots, area: int) -> Bytes:
+    def _area(self, layout: Layout, slots: Slots, area: int) -> Bytes:
         found = np.zeros((slots.rows, slots.slot_bytes), np.uint8)
         width = layout.unit_row_bytes
         if slots is layout.embedding:
@@ -200,7 +225,7 @@ def weight_file(layout: Layout, source: Source, *, file: Path | None = None, scr
     if file is not None:
         if not _is_there(file, layout, source):
             _write(file, layout, source, say)
-        with _opened(file, layout, check) as found:
+        with _opened(file, layout, source, check) as found:
             yield found
         return
     if scratch is not None and not scratch.is_dir():
@@ -208,15 +233,17 @@ def weight_file(layout: Layout, source: Source, *, file: Path | None = None, scr
     with tempfile.TemporaryDirectory(prefix="simmem-", dir=scratch) as folder:
         path = Path(folder) / "weights"
         _write(path, layout, source, say)
-        with _opened(path, layout, check) as found:
+        with _opened(path, layout, source, check) as found:
             yield found
 
 
 @contextlib.contextmanager
-def _opened(path: Path, layout: Layout, check: bool) -> Iterator[WeightFile]:
+def _opened(path: Path, layout: Layout, source: Source, check: bool) -> Iterator[WeightFile]:
     sums = None
     if check:
-        sums = np.fromfile(path, np.uint64, layout.n_blocks, offset=layout.n_bytes)
+        known = _index(path)
+        size = known["data_bytes"] if known else source.size_bytes(layout)
+        sums = np.fromfile(path, np.uint64, layout.n_blocks, offset=size)
     with open_direct(path) as fd:
         yield WeightFile(layout, fd, str(path), sums, _state_of(fd))
 
@@ -225,25 +252,35 @@ def _index_of(path: Path) -> Path:
     return path.with_name(path.name + ".json")
 
 
-def _is_there(path: Path, layout: Layout, source: Source) -> bool:
-    """Is it the file that was written for this layout and source? Raises SpecError where it is some other file."""
-    if not path.exists():
-        return False
+def _index(path: Path) -> dict[str, Any] | None:
+    """What the file beside a weight file says of it; None where it says nothing of use."""
     try:
         with _index_of(path).open("rb") as stream:
-            index: Any = json.loads(stream.read(INDEX_BYTES))
-        known = isinstance(index, dict) and index.get("schema") == "simmem.weights/1"
+            found: Any = json.loads(stream.read(INDEX_BYTES))
     except (OSError, ValueError, RecursionError):
-        known = False
-    if not path.is_file() or not known:
-        raise SpecError("is not a weight file of simmem and is not overwritten", file=str(path), key="--weights-file")
+        return None
+    whole = isinstance(found, dict) and found.get("schema") == "simmem.weights/2" \
+        and isinstance(found.get("data_bytes"), int) and found["data_bytes"] >= 0
+    return found if whole else None
+
+
+def _is_there(path: Path, layout: Layout, source: Source) -> bool:
+    """Is it a file that was written for this layout and source? Raises SpecError where it is some other file."""
+    if not path.exists():
+        return False
+    index = _index(path)
+    if not path.is_file() or index is None:
+        raise SpecError("is not a weight file of this version of simmem and is not overwritten", file=str(path),
+                        key="--weights-file")
     status = path.stat()
-    return bool(index.get("digest") == layout.digest(source.name) and index.get("bytes") == status.st_size
-                and index.get("mtime_ns") == status.st_mtime_ns)
+    return bool(index.get("digest") == source.digest(layout) and index["data_bytes"] >= source.size_bytes(layout)
+                and index.get("bytes") == status.st_size and index.get("mtime_ns") == status.st_mtime_ns)
 
 
 def _write(path: Path, layout: Layout, source: Source, say: Say) -> None:
-    total = layout.n_bytes + 8 * layout.n_blocks
+    size = source.size_bytes(layout)
+    n_blocks = size // layout.block_bytes
+    total = size + 8 * n_blocks
     if not path.parent.is_dir():
         raise SpecError("the folder it should be written to does not exist", file=str(path))
     free = shutil.disk_usage(path.parent).free
@@ -257,23 +294,23 @@ def _write(path: Path, layout: Layout, source: Source, say: Say) -> None:
         try:
             with contextlib.suppress(AttributeError):  # not on macOS
                 os.posix_fallocate(handle, 0, total)  # a disk that is too small says so now
-            sums = np.empty(layout.n_blocks, np.uint64)
-            for offset, data in contents(layout, source):
+            sums = np.empty(n_blocks, np.uint64)
+            for offset, data in source.contents(layout):
                 for start in range(0, len(data), CHUNK_BYTES):
                     piece = data[start:start + CHUNK_BYTES]
                     first = (offset + start) // layout.block_bytes
                     found = block_sums(piece, layout.block_bytes)
                     sums[first:first + len(found)] = found
                     _write_all(handle, piece, offset + start)
-            _write_all(handle, sums.view(np.uint8), layout.n_bytes)
+            _write_all(handle, sums.view(np.uint8), size)
             os.fsync(handle)
             if hasattr(os, "posix_fadvise"):  # nothing reads it through the page cache
                 os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             status = os.fstat(handle)
         finally:
             os.close(handle)
-        index = {"schema": "simmem.weights/1", "digest": layout.digest(source.name), "model": layout.model,
-                 "precision": layout.precision, "source": source.name, "bytes": status.st_size,
+        index = {"schema": "simmem.weights/2", "digest": source.digest(layout), "model": layout.model,
+                 "precision": layout.precision, "source": source.name, "data_bytes": size, "bytes": status.st_size,
                  "mtime_ns": status.st_mtime_ns}
         # First the index: beside an older file it fits nothing, and a file without one would not be taken for ours.
         _index_of(path).write_text(json.dumps(index, indent=1) + "\n", encoding="utf-8")
@@ -287,16 +324,6 @@ def _write(path: Path, layout: Layout, source: Source, say: Say) -> None:
         raise
     finally:
         Path(temporary).unlink(missing_ok=True)
-
-
-def contents(layout: Layout, source: Source) -> Iterator[tuple[int, Bytes]]:
-    """(offset, bytes) of all that the file holds."""
-    for layer, stage in layout.stages():
-        yield stage.offset, source.stage(stage, layer)
-    for slots in (layout.units, layout.embedding):
-        for area in range(slots.areas if slots else 0):
-            assert slots is not None
-            yield slots.area_offset(area), source.area(layout, slots, area)
 
 
 def _write_all(handle: int, data: Bytes, offset: int) -> None:

@@ -64,6 +64,8 @@ class Setting:
     scratch_direct: bool = False
     seed: int = 0
     """Of random weights, and of the random shapes of products: another seed draws shapes nobody has seen."""
+    dtypes: tuple[str, ...] = ()
+    """Precisions of which products are timed, with all threads; (): all of them, with one thread and with all."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from simmem.runtime.probe import cuda, gather, interference, machine, matmul, me
 from simmem.runtime.probe.base import Case, Progress, Setting, measure
 from simmem.runtime.probe.journal import Journal
 from simmem.runtime.probe.load import Load
-from simmem.runtime.probe.scratch import Scratch, open_scratch
+from simmem.runtime.probe.scratch import Scratch, open_file, open_scratch
 from simmem.spec.measurement import Measurements
 
 __all__ = ["FULL_S", "QUICK_S", "Asked", "Told", "calibrate"]
@@ -40,11 +40,15 @@ class Asked:
     budget_s: float | None = None
     scratch: Path = Path()
     """A folder on the drive to be measured."""
+    file: Path | None = None
+    """A large file there that is read in the place of one written for it; None: one is written."""
     threads: int | None = None
     device: str | None = None
     """cpu or cuda; None: cuda where there is one."""
     seed: int = 0
     """Of the random shapes of products."""
+    dtypes: tuple[str, ...] = ()
+    """Precisions that matter, of whose products there is then time for more, all with all threads; (): every one."""
     needs_storage: bool = True
     """Nothing is measured at all where storage cannot be."""
 
@@ -89,11 +93,15 @@ def calibrate(asked: Asked, *, name: str, journal: Callable[[dict[str, Any]], Jo
     device = _device(asked.device)
     request = {"mode": "quick" if asked.quick else "full", "threads": threads, "device": device,
                "seed": asked.seed, "scratch": str(asked.scratch.resolve()), "versions": machine.versions()}
+    request |= {"dtypes": ",".join(asked.dtypes)} if asked.dtypes else {}
     with ExitStack() as stack:
         kept = journal(request)
         stack.callback(kept.close)
-        scratch = stack.enter_context(open_scratch(asked.scratch, asked.scratch_bytes, told.words))
-        kept.wrote(scratch.size_bytes)
+        if asked.file is None:
+            scratch = stack.enter_context(open_scratch(asked.scratch, asked.scratch_bytes, told.words))
+            kept.wrote(scratch.size_bytes)
+        else:
+            scratch = stack.enter_context(open_file(asked.file))
         said = machine.describe(scratch.volume, threads=threads, device=device)
         said |= {"seed": asked.seed} if asked.seed else {}
         said["direct_io"] = scratch.why_not_direct or "yes"
@@ -154,7 +162,8 @@ def _setting(asked: Asked, threads: int, device: str, scratch: Scratch) -> Setti
     return Setting(quick=asked.quick, threads=threads, device=device, cache_bytes=machine.cache_bytes(),
                    memory_bytes=min(_ARRAYS_BYTES[asked.quick], available // 3),
                    scratch_fd=scratch.fd if scratch.direct_fd is None else scratch.direct_fd,
-                   scratch_bytes=scratch.size_bytes, scratch_direct=scratch.direct_fd is not None, seed=asked.seed)
+                   scratch_bytes=scratch.size_bytes, scratch_direct=scratch.direct_fd is not None, seed=asked.seed,
+                   dtypes=asked.dtypes)
 
 
 def _cases(setting: Setting, scratch: Scratch) -> list[Case]:

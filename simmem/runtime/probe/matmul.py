@@ -248,15 +248,20 @@ def cases(setting: Setting) -> list[Case]:
     every = sorted({1, setting.threads})
     ways = [("fp32", every[0]), ("bf16", every[-1]), ("bf16", every[0]), ("fp32", every[-1])][:2 * len(every)]
     decoder = decoder_shapes(pool.weight_bytes / ELEMENT_BYTES["fp32"])
-    if setting.quick:
+    reference = ways
+    if setting.dtypes:
+        ways = [(dtype, every[-1]) for dtype in setting.dtypes]
+        reference = sorted({*ways, ("fp32", every[-1])})
+    elif setting.quick:
         decoder = decoder[::-(-len(decoder) // _QUICK_SHAPES)]
-    found = _reference(ways, pool, agent) + _cases(decoder, ways, len(ways), pool, agent)
+    found = _reference(reference, pool, agent) + _cases(decoder, ways, len(ways), pool, agent)
     cached = [s for s in decoder if s.rows * s.cols * ELEMENT_BYTES["fp32"] <= setting.cache_bytes / 2]
     found += [product_case(Product(s, 1, *way), pool, agent, level="cache") for s in cached[::4] for way in ways]
     if not setting.quick:
         random = random_shapes(N_SHAPES - len(decoder), seed=setting.seed, other_than=decoder,
                                max_elements=pool.weight_bytes / 8)
         found += _cases(random, ways, len(ways), pool, agent, priority=2)
+    if not setting.quick and not setting.dtypes:
         some = decoder[::-(-len(decoder) // _EXTRA_SHAPES)]
         found += _cases(some, [("int8", n) for n in every], 1, pool, agent, priority=2)
         # fp16 has a kernel of its own for one token and none worth its name for more.

@@ -10,7 +10,7 @@ import errno
 import os
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from simmem.errors import MachineError
 from simmem.runtime.probe.machine import Volume, volume
 from simmem.units import format_quantity
 
-__all__ = ["BLOCK_BYTES", "Scratch", "open_scratch"]
+__all__ = ["BLOCK_BYTES", "Scratch", "open_file", "open_scratch"]
 
 BLOCK_BYTES = 4096
 """Offsets, sizes and addresses of direct reads are whole blocks of this."""
@@ -96,6 +96,27 @@ def open_scratch(folder: Path, size_bytes: int, progress: Callable[[str], None] 
             if one is not None:
                 with contextlib.suppress(OSError):
                     os.close(one)
+
+
+@contextmanager
+def open_file(path: Path) -> Iterator[Scratch]:
+    """A file that is there already, only read, in the place of one that is written for the probes.
+
+    Raises MachineError where it cannot be read.
+    """
+    with ExitStack() as stack:
+        try:
+            fd = os.open(path, os.O_RDONLY | getattr(os, "O_CLOEXEC", 0))
+            stack.callback(os.close, fd)
+            where, size = volume(path.parent), os.fstat(fd).st_size // BLOCK_BYTES * BLOCK_BYTES
+        except OSError as error:
+            raise MachineError(f"cannot be read: {error.strerror or error}", file=str(path)) from None
+        direct, why = _open_direct(fd)
+        if direct is not None:
+            stack.callback(os.close, direct)
+        if where.in_memory:
+            why = f"{path.parent} is in memory ({where.filesystem}): there is no storage to measure"
+        yield Scratch(fd, None if why else direct, size, where, why)
 
 
 def _nameless(folder: Path) -> int:

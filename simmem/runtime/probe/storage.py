@@ -22,7 +22,7 @@ from simmem.runtime.probe.base import ALWAYS, Case, NotHereError, Run
 from simmem.runtime.probe.scratch import BLOCK_BYTES, Scratch
 from simmem.spec.measurement import Condition, Measurement
 
-__all__ = ["CALL", "READ", "SUSTAINED", "cases", "guard", "sustained_cases"]
+__all__ = ["CALL", "READ", "SUSTAINED", "cases", "guard", "read_seconds", "sustained_cases"]
 
 READ, CALL, SUSTAINED = "storage-read", "read-call", "storage-sustained"
 
@@ -71,6 +71,19 @@ def sustained_cases(scratch: Scratch) -> list[Case]:
     if scratch.direct_fd is None:
         return []
     return [_case(SUSTAINED, scratch, "direct", "sequential", 4 << 20, 4, sample_s=_SUSTAINED_SAMPLE_S)]
+
+
+def read_seconds(scratch: Scratch, size: int, depth: int, *, samples: int = 5, pattern: str = "random") -> list[float]:
+    """Seconds per direct read in a steady stream of them, one for each sample of some 30 ms. [s]
+
+    size : of a read, whole blocks; a larger one than half of the file is taken as that. [B]
+
+    Raises OSError where reading fails.
+    """
+    size = min(size, scratch.size_bytes // 2 // BLOCK_BYTES * BLOCK_BYTES)
+    with _stream(scratch, "direct", pattern, size, depth, _SAMPLE_S) as run:
+        run()  # until the stream is steady
+        return [seconds for _ in range(samples) if (seconds := run()) is not None]
 
 
 def _case(probe: str, scratch: Scratch, how: str, pattern: str, size: int, depth: int, *, priority: int = 1,
