@@ -41,6 +41,7 @@ _AGENT_OF = {"dram": "cpu", "vram": "gpu"}
 _ANY = ("fp32", "bf16")
 _LARGE_BYTES = 4 << 20
 """Products of smaller matrices take about as long as their call."""
+_FEW_CALLS = 15
 _LARGE_SHARE = 0.1
 """A product of less than this share of what the largest computes is not a large one."""
 
@@ -81,8 +82,9 @@ def derive(measured: Measurements) -> Derived:
     notes = _lasting(judged)
     storage, fit = storage_figures(trusted, notes)
     figures = [*_of_machine(measured), *_memory(trusted, judged, "cpu", "dram"), *_arithmetic(trusted, "cpu"),
-               *_overheads(trusted), *storage, *_memory(trusted, judged, "gpu", "vram"), *_arithmetic(trusted, "gpu"),
-               *_copies(trusted), *_launches(trusted), *_interference(kept_shares(measured.points))]
+               *_overheads(trusted, judged), *storage, *_memory(trusted, judged, "gpu", "vram"),
+               *_arithmetic(trusted, "gpu"), *_copies(trusted), *_launches(trusted),
+               *_interference(kept_shares(measured.points))]
     doubted = [(p, j) for p, j in judged if j.refused is not None]
     figures = [_with_doubt(f, doubted, {f.key: f.value for f in figures}) for f in figures]
     if measured.machine.get("virtual") is True:
@@ -259,21 +261,25 @@ def _tokens(one: Judged) -> float:
     return float(batch) if isinstance(batch, (int, float)) else 0.0
 
 
-def _overheads(trusted: Sequence[Judged]) -> list[MeasuredFigure]:
-    def one(probe: str, **conditions: object) -> Judged | None:
-        return next(((p, j) for p, j in trusted if p.probe == probe
+def _overheads(trusted: Sequence[Judged], judged: Sequence[Judged]) -> list[MeasuredFigure]:
+    def one(some: Sequence[Judged], probe: str, **conditions: object) -> Judged | None:
+        return next(((p, j) for p, j in some if p.probe == probe
                      and all(p.conditions.get(k) == v for k, v in conditions.items())), None)
 
     found = []
-    call = one("op-call")
+    call = one(trusted, "op-call")
     if call is not None:
         threads = call[0].conditions.get("threads")
         parts = [("a product of 16 × 16", call, 1.0)]
-        alone, shared = one("op-parallel", threads=1), one("op-parallel", threads=threads)
+        alone, shared = one(trusted, "op-parallel", threads=1), one(trusted, "op-parallel", threads=threads)
         if threads != 1 and alone is not None and shared is not None and shared[1].median_s > alone[1].median_s:
             parts += [(f"what sharing a kernel among {threads} threads adds", shared, 1.0), ("", alone, -1.0)]
         found.append(sum_figure("agent.cpu.op_overhead", parts))
-    choice, hand_off = one("token-choice"), one("hand-off")
+    elif (call := one(judged, "op-call")) is not None and call[0].refused is None and call[1].n >= _FEW_CALLS:
+        # Every device needs it and it is small: one visit beside others is no reason to end without a device file.
+        figure = sum_figure("agent.cpu.op_overhead", [("a product of 16 × 16", call, 1.0)])
+        found.append(replace(figure, kind=Kind.ESTIMATED, what=f"{figure.what}; {call[1].refused}"))
+    choice, hand_off = one(trusted, "token-choice"), one(trusted, "hand-off")
     if choice is not None and hand_off is not None:
         found.append(sum_figure("agent.cpu.step_overhead", [("choosing a token", choice, 1.0),
                                                       ("a hand-off to a thread and back", hand_off, 1.0)]))

@@ -184,3 +184,17 @@ def test_words_of_others_cannot_make_a_file_that_does_not_load(tmp_path: Path) -
                                            ("é.toml", "machine")])
 def test_a_device_is_called_as_its_file(path: str, name: str) -> None:
     assert device_name(Path(path)) == name
+
+
+def test_a_call_that_was_disturbed_is_an_estimate_and_no_reason_to_end() -> None:
+    measured = measurements()
+    at = next(i for i, p in enumerate(measured.points) if p.probe == "op-call")
+    point = measured.points[at]
+    twice = tuple(s * (2 if k < 4 else 1) for k, s in enumerate(point.samples_s))
+    disturbed = point.model_copy(update={"samples_s": twice})
+    points = tuple(disturbed if i == at else p for i, p in enumerate(measured.points))
+    figure = derive(measured.model_copy(update={"points": points})).figures["agent.cpu.op_overhead"]
+    assert figure.kind is Kind.ESTIMATED
+    assert figure.value == pytest.approx(1e-6, rel=0.1)
+    assert figure.high > 1.9e-6
+    assert "too noisy" in figure.what or "two modes" in figure.what
