@@ -76,7 +76,7 @@ class DemandClass:
 class Schedule:
     """Ops in program order and the demand of each class in each candidate.
 
-    Shapes: op_* are (n_ops,); flop, requests, depth, and every entry of `bytes`, `acquire_bytes`
+    Shapes: op_* are (n_ops,); flop, requests, depth, waits, and every entry of `bytes`, `acquire_bytes`
     and `release_bytes` are (n_classes, n_candidates). `bytes` is keyed by resource,
     "memory.<name>" or "link.<name>", and names every resource an op uses at once.
     """
@@ -92,6 +92,8 @@ class Schedule:
     flop: Array
     requests: Array
     depth: Array
+    waits: Array
+    """1 where the op begins behind a read that its agent has nothing else to do for, 0 elsewhere."""
     bytes: Mapping[str, Array]
     acquire_bytes: Mapping[str, Array] = field(default_factory=dict)
     release_bytes: Mapping[str, Array] = field(default_factory=dict)
@@ -142,8 +144,8 @@ class Schedule:
         return Schedule(
             self.streams, self.classes, self.op_class, self.op_stream, self.op_phase, self.op_token, self.op_layer,
             self.deps, np.ascontiguousarray(self.flop[:, which]), np.ascontiguousarray(self.requests[:, which]),
-            np.ascontiguousarray(self.depth[:, which]), cut(self.bytes), cut(self.acquire_bytes),
-            cut(self.release_bytes), cut(self.held_bytes), self.token_ends)
+            np.ascontiguousarray(self.depth[:, which]), np.ascontiguousarray(self.waits[:, which]),
+            cut(self.bytes), cut(self.acquire_bytes), cut(self.release_bytes), cut(self.held_bytes), self.token_ends)
 
     def repeated(self, times: int) -> Schedule:
         """Every candidate `times` times over, each repeat next to its original."""
@@ -170,6 +172,7 @@ class ScheduleBuilder:
         self._flop: list[float | Array] = []
         self._requests: list[float | Array] = []
         self._depth: list[float | Array] = []
+        self._waits: list[float | Array] = []
         self._bytes: dict[str, dict[int, float | Array]] = {}
         self._acquire: dict[str, dict[int, float | Array]] = {}
         self._release: dict[str, dict[int, float | Array]] = {}
@@ -183,6 +186,7 @@ class ScheduleBuilder:
         flop: float | Array = 0.0,
         requests: float | Array = 0.0,
         depth: float | Array = 1.0,
+        waits: float | Array = 0.0,
         bytes: Mapping[str, float | Array] | None = None,
         acquire: Mapping[str, float | Array] | None = None,
         release: Mapping[str, float | Array] | None = None,
@@ -193,6 +197,7 @@ class ScheduleBuilder:
         self._flop.append(flop)
         self._requests.append(requests)
         self._depth.append(depth)
+        self._waits.append(waits)
         for table, given in ((self._bytes, bytes), (self._acquire, acquire), (self._release, release)):
             for name, amount in (given or {}).items():
                 table.setdefault(name, {})[index] = amount
@@ -233,6 +238,7 @@ class ScheduleBuilder:
             flop=table(dict(enumerate(self._flop))),
             requests=table(dict(enumerate(self._requests))),
             depth=table(dict(enumerate(self._depth))),
+            waits=table(dict(enumerate(self._waits))),
             bytes={k: table(v) for k, v in self._bytes.items()},
             acquire_bytes={k: table(v) for k, v in self._acquire.items()},
             release_bytes={k: table(v) for k, v in self._release.items()},

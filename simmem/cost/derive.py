@@ -118,7 +118,7 @@ _SAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "storage-sustained": ((), (), ("bytes",)), "memory-read": ((), (), ("bytes",)), "memory-copy": ((), (), ("bytes",)),
     "gemv": ((), (), ("bytes",)), "gemm": ((), (), ("flop",)), "host-to-device": ((), (), ("bytes",)),
     "device-to-host": ((), (), ("bytes",)), "launch": ((), (), ("requests",)),
-    "interference": (("victim", "aggressor"), (), ()),
+    "interference": (("victim", "aggressor"), (), ()), "decoder-op": (("op", "decoder", "dtype"), (), ("requests",)),
 }
 
 
@@ -279,11 +279,47 @@ def _overheads(trusted: Sequence[Judged], judged: Sequence[Judged]) -> list[Meas
         # Every device needs it and it is small: one visit beside others is no reason to end without a device file.
         figure = sum_figure("agent.cpu.op_overhead", [("a product of 16 × 16", call, 1.0)])
         found.append(replace(figure, kind=Kind.ESTIMATED, what=f"{figure.what}; {call[1].refused}"))
+    found += _executor(judged)
     choice, hand_off = one(trusted, "token-choice"), one(trusted, "hand-off")
     if choice is not None and hand_off is not None:
         found.append(sum_figure("agent.cpu.step_overhead", [("choosing a token", choice, 1.0),
                                                       ("a hand-off to a thread and back", hand_off, 1.0)]))
     return found
+
+
+def _executor(judged: Sequence[Judged]) -> list[MeasuredFigure]:
+    """What the executor's own ops cost with next to no weights, per kernel, and what the first one behind a pause costs
+    more; medians over the kinds of decoder, ranges from the least of them to the largest.
+
+    Behind a pause times scatter by nature: those count however noisy they are, and widen the range.
+    """
+    ops: dict[str, list[Judged]] = {}
+    paused: list[Judged] = []
+    alone: dict[tuple[object, object], float] = {}
+    for p, j in judged:
+        if p.probe != "decoder-op" or p.refused is not None or (j.refused is not None and not p.conditions["pause_s"]):
+            continue
+        if float(p.conditions["pause_s"]) > 0:
+            paused.append((p, j))
+        elif p.conditions["op"] == "layer":
+            alone[p.conditions["decoder"], p.conditions["dtype"]] = j.median_s
+        else:
+            ops.setdefault(f"{p.conditions['op']}-{p.conditions['dtype']}", []).append((p, j))
+    found = [_span(f"agent.cpu.kernel_overhead.{op}", [j.median_s / p.requests for p, j in some], some,
+                   f"a kernel of a decoder with next to no weights, {len(some)} kinds") for op, some in ops.items()]
+    more = [(j.median_s - alone[key], (p, j)) for p, j in paused
+            if (key := (p.conditions["decoder"], p.conditions["dtype"])) in alone and j.median_s > alone[key]]
+    if more:
+        found.append(_span("agent.cpu.wake_time", [s for s, _ in more], [one for _, one in more],
+                           f"a layer behind a pause, less one that follows another, {len(more)} kinds and pauses"))
+    return found
+
+
+def _span(key: str, values: Sequence[float], judged: Sequence[Judged], what: str) -> MeasuredFigure:
+    floor = float(np.median([j.noise_floor for _, j in judged]))
+    middle = float(np.median(values))
+    return MeasuredFigure(key, middle, min(*values, middle * (1 - min(floor, 0.9))), max(*values, middle * (1 + floor)),
+                          Kind.MEASURED, what, sum(j.n for _, j in judged), floor)
 
 
 # --- what only a GPU has, and what disturbs what --------------------------------------------------------------------

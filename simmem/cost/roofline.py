@@ -1,6 +1,6 @@
 """How long does each class of op take on a device? Roofline with achieved shares and constants.
 
-Compute and upkeep:  max(flop / (peak · share), bytes / (rate · share)) + kernels · overhead
+Compute and upkeep:  max(flop / (peak · share), bytes / (rate · share)) + kernels · overhead + wait · wake
 Storage reads:       n · read_seconds(s, q), a surface over request size and depth (`simmem.cost.surface`)
 Copies:              bytes / R, and L until dependants may start
 
@@ -80,17 +80,26 @@ def _compute_s(schedule: Schedule, index: int, what: DemandClass, device: Device
     # A sync op is the fixed cost of a step; every other op pays its kernels.
     constant = "step_overhead" if what.kind is OpKind.SYNC and agent.step_overhead else "op_overhead"
     overhead = getattr(agent, constant).value * _factor(factors, f"agent.{name}.{constant}")
+    kernel = f"{what.name}-{agent.computes_as(what.precision)}"
+    measured = agent.kernel_overhead.get(kernel)  # type: ignore[call-overload]
+    if measured is not None:
+        overhead = measured.value * _factor(factors, f"agent.{name}.kernel_overhead.{kernel}")
+    beside: Array | float = 0.0
+    if agent.wake_time is not None:
+        beside = schedule.waits[index] * agent.wake_time.value * _factor(factors, f"agent.{name}.wake_time")
     moved = schedule.bytes.get(f"memory.{agent.memory}")
     n_bytes = np.zeros(schedule.n_candidates) if moved is None else moved[index]
     floor = np.maximum(schedule.flop[index] / flop_per_s, n_bytes / rate)
     fitted = _fitted_s(schedule, index, what, device, agent, key, factors)
     if fitted is not None:
         floor = np.maximum(floor, fitted[1])
-        return _corrected(np.maximum(floor, fitted[0]), floor, what, device, factors)
+        if measured is not None:  # a group knows what launching its products costs, but not what stands between them
+            beside = beside + schedule.requests[index] * np.maximum(overhead - fitted[2], 0.0)
+        return _corrected(np.maximum(floor, fitted[0]) + beside, floor, what, device, factors)
     flop_per_s = flop_per_s * agent.flop_share.value * _factor(factors, f"agent.{name}.flop_share")
     rate = rate * agent.rate_share.value * _factor(factors, f"agent.{name}.rate_share")
     seconds = np.maximum(schedule.flop[index] / flop_per_s, n_bytes / rate) + schedule.requests[index] * overhead
-    return _corrected(seconds, floor, what, device, factors)
+    return _corrected(seconds + beside, floor, what, device, factors)
 
 
 def _corrected(found: Array, floor: Array, what: DemandClass, device: Device, factors: Factors) -> Array:
@@ -100,8 +109,9 @@ def _corrected(found: Array, floor: Array, what: DemandClass, device: Device, fa
 
 
 def _fitted_s(schedule: Schedule, index: int, what: DemandClass, device: Device, agent: Agent, peak_key: str,
-              factors: Factors) -> tuple[Array, Array] | None:
-    """Seconds by the device's fitted cost model, and the least it knows; None where it has none for this class.
+              factors: Factors) -> tuple[Array, Array, Array | float] | None:
+    """Seconds by the device's fitted cost model, the least it knows, and what of them one launch is; None where it has
+    none for this class.
 
     A figure of the device that changes takes the terms with it that it stands for.
     """
@@ -116,7 +126,8 @@ def _fitted_s(schedule: Schedule, index: int, what: DemandClass, device: Device,
     work = class_work(schedule, index, agent.memory, group)
     drawn = factors.get(error_key(group))
     return (product_s(group, work, slower, 1.0 if drawn is None else drawn ** half_width(group, work)),
-            floor_s(group, work, slower))
+            floor_s(group, work, slower),
+            sum(t.coefficient for t in group.terms if t.feature == "launches") * slower["overhead"])
 
 
 def _move_s(schedule: Schedule, index: int, what: DemandClass, device: Device, factors: Factors

@@ -124,11 +124,11 @@ class _Ops:
 
     def compute(self, name: str, kind: OpKind, agent: str, flop: Array | float, n_bytes: Array | float,
                 kernels: Array | float, release: Mapping[str, Array | float] | None = None,
-                products: Products | None = None) -> tuple[int, str]:
+                products: Products | None = None, waits: Array | float = 0.0) -> tuple[int, str]:
         memory = self.context.memory_of(agent)
         return self.builder.demand(
             DemandClass(name, kind, agent=agent, precision=self.context.workload.weights, products=products),
-            flop=flop, requests=kernels, bytes={f"memory.{memory}": n_bytes}, release=release), agent
+            flop=flop, requests=kernels, waits=waits, bytes={f"memory.{memory}": n_bytes}, release=release), agent
 
     def streams(self) -> tuple[list[list[tuple[int, str]]], list[tuple[int, str]]]:
         """Reads of the streamed weights: of each kind of layer, and of the head."""
@@ -150,7 +150,8 @@ class _Ops:
         return (self.read_bytes("embedding" if a.tied_head else "head", model.head_params, 0.0)
                 + self.read_bytes("norms", 0.0, model.norm_params * a.final_norm))
 
-    def mixer(self, n_tokens: float, context_flop: float, context_bytes: float, norm_params: float) -> tuple[int, str]:
+    def mixer(self, n_tokens: float, context_flop: float, context_bytes: float, norm_params: float,
+              waits: Array | float = 0.0) -> tuple[int, str]:
         """Attention (or the state space) of one layer for all its tokens; what it does with the context is given."""
         model = self.context.model
         mixer, layers = model.mixer, model.architecture.n_layers
@@ -161,7 +162,7 @@ class _Ops:
             + self.read_bytes("norms", 0.0, norm_params) + context_bytes / layers,
             STATE_SPACE_KERNELS if model.architecture.state_space else LATENT_ATTENTION_KERNELS
             if model.architecture.latent_attention else ATTENTION_KERNELS,
-            products=Products(n_tokens, float(model.architecture.d_model), MIXER_PRODUCTS))
+            products=Products(n_tokens, float(model.architecture.d_model), MIXER_PRODUCTS), waits=waits)
 
     def feeds(self, n_tokens: float, norm_params: float) -> list[tuple[int, str]]:
         """The whole FFN of each kind of layer for all its tokens."""
@@ -191,7 +192,8 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
     norm_params = model.norm_params * a.norms_per_layer / 2  # half of a layer's with its attention, half with its FFN
     stream_layer, stream_head = ops.streams()
     context_flop = batch * model.attention_flop(workload.mean_decode_context, workload.mean_decode_window(a.window))
-    attend = ops.mixer(batch, context_flop, context.decode_kv_bytes, norm_params)
+    attend = ops.mixer(batch, context_flop, context.decode_kv_bytes, norm_params,
+                       waits=(demands.layer_stream_bytes > 0).any(axis=0).astype(np.float64))
     units = demands.units
     predict: tuple[int, str] | None = None
     unit_moves: list[list[tuple[int, str]]] = []
@@ -214,18 +216,21 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
         for layer in range(layers):
             unit_moves.append(ops.move("units", units.read_bytes[layer], units.requests[layer], unit_hops,
                                        units.read_bytes[layer]))
+            waits, kept = units.read_bytes[layer] > 0, units.upkeep_bytes[layer] > 0
             upkeep.append(ops.compute("upkeep", OpKind.MEMORY, keeper, 0.0, units.upkeep_bytes[layer],
-                                      np.where(units.upkeep_bytes[layer] > 0, 2.0, 0.0),
-                                      products=Products(1.0, context.unit_bytes, 1.0)))
+                                      np.where(kept, 2.0, 0.0), products=Products(1.0, context.unit_bytes, 1.0),
+                                      waits=(waits & kept).astype(np.float64)))
             params = units.rows[layer] * context.unit_params
             feed.append(ops.compute(
                 "ffn", OpKind.COMPUTE, agent, 2.0 * batch * params,
                 params * context.read_bytes_per_param(agent, "ffn")[0] + beside, kernels,
                 {ops.memory: demands.layer_stream_bytes[kind[layer]] + units.read_bytes[layer]},
-                Products(batch, float(a.d_model), float(model.unit_matrices))))
+                Products(batch, float(a.d_model), float(model.unit_matrices)),
+                waits=(waits & ~kept).astype(np.float64)))
     head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * batch * model.head_params,
                        ops.head_bytes(), HEAD_KERNELS,
-                       {ops.memory: demands.head_stream_bytes}, Products(batch, float(a.d_model), 1.0))
+                       {ops.memory: demands.head_stream_bytes}, Products(batch, float(a.d_model), 1.0),
+                       waits=(demands.head_stream_bytes > 0).astype(np.float64))
     step = ops.compute("step", OpKind.SYNC, agent, 0.0, 0.0, 1.0) if context.agent(agent).step_overhead else None
     lookup = ops.move("embedding rows", np.full(n_columns, demands.lookup_bytes), np.full(n_columns, float(batch)),
                       context.path_to(agent)) if demands.lookup_bytes else []

@@ -45,7 +45,8 @@ _NEEDED = {
 _PROBES = {"rate_share": "gemv", "flop_share": "gemm", "flop_per_s": "gemm", "op_overhead": "op-call",
            "link.flash": "storage-read", "rate": "memory-read"}
 _DIMENSIONS = {"capacity": "bytes", "reserved": "bytes", "block": "bytes", "latency": "s", "request_time": "s",
-               "op_overhead": "s", "step_overhead": "s", "flop_share": "ratio", "rate_share": "ratio", "share": "ratio",
+               "op_overhead": "s", "step_overhead": "s", "wake_time": "s", "flop_share": "ratio",
+               "rate_share": "ratio", "share": "ratio",
                "overload_exponent": "ratio", "saturation_exponent": "ratio", "best_depth": "count",
                "rate": "bytes_per_s"}
 _PREFIXES = {"bytes": ("B", {"": 1.0, "k": 1e3, "M": 1e6, "G": 1e9, "T": 1e12}),
@@ -157,7 +158,7 @@ def _dimension(key: str) -> str:
     if parts[0] == "interference":
         return "ratio"
     if len(parts) > 3:
-        return "flop_per_s"
+        return "s" if parts[2] == "kernel_overhead" else "flop_per_s"
     name = parts[2]
     return _DIMENSIONS.get(name, "bytes_per_s" if name.endswith("rate") else "")
 

@@ -42,6 +42,10 @@ if TYPE_CHECKING:
 __all__ = ["Agent", "Device", "Engine", "Interference", "Link", "Memory", "load_device"]
 
 
+KernelKey = Literal["attention-fp32", "attention-bf16", "attention-fp16", "ffn-fp32", "ffn-bf16", "ffn-fp16",
+                    "head-fp32", "head-bf16", "head-fp16"]
+
+
 class Memory(Frozen):
     """A tier: flash, DRAM or the memory of a GPU."""
 
@@ -74,6 +78,10 @@ class Agent(Frozen):
     """Constant per kernel: launch, synchronisation of threads, tails. [s]"""
     step_overhead: Seconds | None = None
     """Constant per decode step: sampling, the framework's loop. [s]"""
+    kernel_overhead: dict[KernelKey, Seconds] = Field(default_factory=dict, max_length=16)
+    """Constant per kernel of a phase at a precision ("attention-bf16") where measured, else `op_overhead`. [s]"""
+    wake_time: Seconds | None = None
+    """What the first op behind a wait for storage takes longer: threads and caches that went cold. [s]"""
     energy_per_flop: JoulePerFlop | None = None
     compute_precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Set by an engine that widens weights before use: the multiply reads this many bytes."""
@@ -244,6 +252,8 @@ class Device(Frozen):
             _collect(f"agent.{name}", agent, found)
             for precision, figure in agent.flop_per_s.items():
                 found[f"agent.{name}.flop_per_s.{precision}"] = figure
+            for kernel, overhead in agent.kernel_overhead.items():
+                found[f"agent.{name}.kernel_overhead.{kernel}"] = overhead
         for name, link in self.link.items():
             _collect(f"link.{name}", link, found)
         for rule in self.interference:
@@ -273,8 +283,8 @@ class Device(Frozen):
                 continue
             update = {k: v for k in ("rate_share", "flop_share", "op_overhead", "step_overhead", "compute_precision")
                       if (v := getattr(engine, k)) is not None}
-            changed[engine.agent] = changed[engine.agent].model_copy(update=update)
-        # Kernels of another stack: what was fitted to an agent as it was measured is not about it.
+            # Kernels of another stack: what was measured of each phase is not about it.
+            changed[engine.agent] = changed[engine.agent].model_copy(update={**update, "kernel_overhead": {}})
         model = self.cost_model
         kept = tuple(g for g in model.groups if changed.get(g.agent) is self.agent.get(g.agent)) if model else ()
         phases = tuple(p for p in model.phases if changed.get(p.agent) is self.agent.get(p.agent)) if model else ()

@@ -31,10 +31,11 @@ def test_it_counts_as_the_replay_does_and_its_rows_are_those_units(
             active = np.flatnonzero(bits[token, layer])
             before = set(cache.ids.tolist())
             spans.append(cache.span)
-            step = cache.step(token, active)
+            step = cache.step(token, active, cache.missing(active))
             assert set(step.new.tolist()) == set(active.tolist()) - before
             assert step.hits + len(step.new) == len(active)
-            cache.apply(step, [NewRows(slice(0, 4), content(step.new), None)])
+            cache.settle(step)
+            cache.fill(step, [NewRows(slice(0, 4), content(step.new), None)])
             if not step.kept:
                 assert set(cache.ids.tolist()) == set(active.tolist()) & before
                 cache.forget()
@@ -59,13 +60,14 @@ def test_it_can_begin_in_the_middle() -> None:
     bits = rng.random((12, 1, 60)) < 0.3
     whole, later = (WindowCache(None, 60, 3, 60) for _ in range(2))
     for token in range(6):
-        step = whole.step(token, np.flatnonzero(bits[token, 0]))
-        whole.apply(step, [])
+        active = np.flatnonzero(bits[token, 0])
+        step = whole.step(token, active, whole.missing(active))
+        whole.settle(step)
     held = later.start([np.flatnonzero(bits[token, 0]) for token in (3, 4, 5)], 6)
     assert set(held.tolist()) == set(whole.ids.tolist())
     for token in range(6, 12):
         active = np.flatnonzero(bits[token, 0])
-        one, two = whole.step(token, active), later.step(token, active)
+        one, two = (cache.step(token, active, cache.missing(active)) for cache in (whole, later))
         assert one.new.tolist() == two.new.tolist()
-        whole.apply(one, [])
-        later.apply(two, [])
+        whole.settle(one)
+        later.settle(two)

@@ -9,6 +9,7 @@ tables: that both count alike is a test.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -36,7 +37,7 @@ class CacheStep:
     """What a token does to the cache of one layer."""
 
     new: Ints
-    """Units to read, ascending."""
+    """Units that are read, ascending."""
     hits: int
     kept: bool
     """Are the new ones cached? Else they are used where they were read, and nothing stays."""
@@ -77,6 +78,12 @@ class WindowCache:
         self._ids = np.zeros(n_units, np.int64)
         self._place = np.full(n_units, -1, np.int64)
         self._used = np.full(n_units, -(1 << 40), np.int64)
+        self._whole: NDArray[np.void] | None = None
+        """The rows of a processor's matrix, each one element: numpy moves those in half of torch's time."""
+        if rows is not None and rows.device.type == "cpu":
+            import torch
+
+            self._whole = rows.view(torch.uint8).numpy().view(f"V{rows.shape[1] * rows.element_size()}")[:, 0]
 
     @property
     def ids(self) -> Ints:
@@ -92,10 +99,12 @@ class WindowCache:
         self.span = len(tokens)
         return found
 
-    def step(self, now: int, active: Ints) -> CacheStep:
-        """Decide what token `now`, which uses the units `active` (ascending), reads and what then stays."""
-        absent = self._place[active] < 0
-        new = active[absent]
+    def missing(self, active: Ints) -> Ints:
+        """Those of the units `active` (ascending) that are not held: what has to be read."""
+        return active[self._place[active] < 0]
+
+    def step(self, now: int, active: Ints, new: Ints) -> CacheStep:
+        """Decide what stays once token `now`, which uses the units `active` and reads those `missing`, is done."""
         self._used[active] = now
         held = self._ids[: self.n]
         age = now - self._used[held]
@@ -108,22 +117,32 @@ class WindowCache:
         return CacheStep(new, len(active) - len(new), span > 0, stay, np.flatnonzero(gone[:stay]),
                          stay + np.flatnonzero(~gone[stay:]))
 
-    def apply(self, step: CacheStep, found: list[NewRows]) -> None:
-        """Rearrange the rows: fill the holes, append what is new."""
-        self._place[self._ids[: self.n][np.r_[step.holes, step.stay : self.n]]] = -1
+    def settle(self, step: CacheStep) -> None:
+        """Note which unit lies where after the step; its rows are not touched, which `fill` does."""
+        self._place[self._ids[step.holes]] = -1
+        self._place[self._ids[step.stay : self.n]] = -1
         if len(step.movers):
-            self._move(step.holes, step.movers)
             moved = self._ids[step.movers]
             self._ids[step.holes] = moved
             self._place[moved] = step.holes
         self.n = step.stay
-        if step.kept and len(step.new):
-            first = self.n
+        if step.kept:
             self._append(step.new)
-            if self.rows is not None:
-                for part in found:
-                    into = self.rows[first : self.n, part.columns]
-                    into.copy_(part.rows if part.index is None else part.rows[_index(part.index, part.rows)])
+
+    def fill(self, step: CacheStep, found: Sequence[NewRows]) -> None:
+        """Rearrange the rows as the step says: fill the holes, append what is new."""
+        if self.rows is None:
+            return
+        if len(step.movers):
+            # Holes lie below all movers: what is read and what is written do not meet.
+            if self._whole is not None:
+                self._whole[step.holes] = self._whole[step.movers]
+            else:
+                self.rows[_index(step.holes, self.rows)] = self.rows[_index(step.movers, self.rows)]
+        if step.kept and len(step.new):
+            for part in found:
+                into = self.rows[step.stay : step.stay + len(step.new), part.columns]
+                into.copy_(part.rows if part.index is None else part.rows[_index(part.index, part.rows)])
 
     def forget(self) -> None:
         """Hold nothing, once a token whose units did not fit is done."""
@@ -134,23 +153,6 @@ class WindowCache:
         self._place[units] = np.arange(self.n, self.n + len(units))
         self._ids[self.n : self.n + len(units)] = units
         self.n += len(units)
-
-    def _move(self, holes: Ints, movers: Ints) -> None:
-        if self.rows is None:
-            return
-        import torch
-
-        # Nothing here is arithmetic, so the widest element moves most bytes at once.
-        wide = self.rows.shape[1] * self.rows.element_size() % 8 == 0
-        words = self.rows.view(torch.int64 if wide else torch.uint8)
-        kept = words[: int(movers[0])]  # holes lie below all movers: what is read and what is written do not meet
-        edges = np.flatnonzero(np.diff(movers) != 1) + 1
-        for first, last in zip([0, *edges.tolist()], [*edges.tolist(), len(movers)], strict=True):
-            source = words[int(movers[first]) : int(movers[last - 1]) + 1]
-            if words.device.type == "cpu":  # numpy moves rows in two thirds of torch's time
-                kept.numpy()[holes[first:last]] = source.numpy()
-            else:
-                kept.index_copy_(0, _index(holes[first:last], words), source)
 
 
 def _index(values: Ints, like: torch.Tensor) -> torch.Tensor:

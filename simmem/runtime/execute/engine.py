@@ -7,6 +7,7 @@ began and ended; bytes and units are counted where they are handed in, for the c
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from types import TracebackType
@@ -16,13 +17,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.policy.layers import STREAM_CHUNK_BYTES
-from simmem.runtime.execute.cache import CacheStep, padded
+from simmem.runtime.execute.cache import CacheStep, NewRows, padded
 from simmem.runtime.execute.copies import Copier, Move
 from simmem.runtime.execute.kernels import Decoder, FfnRows, Weights
 from simmem.runtime.execute.measured import Clock, Key
 from simmem.runtime.execute.memory import Memory
 from simmem.runtime.execute.task import Task
-from simmem.runtime.execute.units import UnitReads, unit_reads
+from simmem.runtime.execute.units import unit_reads
 from simmem.runtime.reader import Reads, Store, in_chunks
 
 if TYPE_CHECKING:
@@ -53,9 +54,12 @@ class Counted:
 class _Coming:
     """Units of a layer that are on their way."""
 
-    step: CacheStep
-    read: UnitReads
     move: Move
+    step: CacheStep
+    new: Sequence[NewRows]
+    """Where they will lie, for the cache to copy."""
+    held: Sequence[FfnRows]
+    """What the FFN multiplies once they are there."""
 
 
 class Engine:
@@ -73,7 +77,8 @@ class Engine:
                  exact: bool = False) -> None:
         self.task, self.clock = task, Clock(memory.device)
         self._store, self._memory, self._decoder, self._exact = store, memory, decoder, exact
-        self._layers = len(task.layout.layers)
+        self._layers, self._ahead, self._by_neuron = len(task.layout.layers), task.prefetch, task.by_neuron
+        self._gap_units = task.gap_units if task.by_neuron and task.coalesce else None
         self._n_stages = n_tokens * (self._layers + 1)
         self._copier = Copier(memory.device, self.clock) if memory.apart else None
         self._fetched: dict[int, Move] = {}
@@ -100,10 +105,10 @@ class Engine:
 
         Returns the id of the likeliest next token, on the computing device; `decoder.logits` are its logits.
         """
-        task, decoder, memory, ahead = self.task, self._decoder, self._memory, self.task.prefetch
+        decoder, memory, ahead = self._decoder, self._memory, self._ahead
         coming: dict[int, _Coming] = {}
         decoder.embed(self._embedding(number, token_id), memory.fixed, position)
-        if task.by_neuron:
+        if self._by_neuron:
             for layer in range(min(ahead, self._layers)):
                 coming[layer] = self._look_ahead(number, layer, active[layer], None)
         for layer in range(self._layers):
@@ -112,10 +117,10 @@ class Engine:
             attended, fed = (number, "attention", layer), (number, "ffn", layer)
             with self.clock.op(attended):
                 decoder.attend(layer, weights, position)
-            if task.by_neuron:
+            if self._by_neuron:
                 if layer + ahead < self._layers:
                     coming[layer + ahead] = self._look_ahead(number, layer + ahead, active[layer + ahead], attended)
-                self._feed_units(number, layer, coming.pop(layer), active[layer], weights)
+                self._feed_units(number, layer, coming.pop(layer), weights)
             else:
                 with self.clock.op(fed):
                     decoder.feed(weights)
@@ -143,8 +148,8 @@ class Engine:
     def _leave(self, stage: int, key: Key) -> None:
         """A stage was computed with: its buffer is free for another."""
         self._computed[stage] = key
-        if self.task.prefetch:
-            self._fetch(stage + self.task.prefetch)
+        if self._ahead:
+            self._fetch(stage + self._ahead)
 
     def _fetch(self, stage: int) -> None:
         """Hand in the read of a stage, once what its buffer held was computed with."""
@@ -153,7 +158,7 @@ class Engine:
         n_bytes = task.streamed[where]
         if n_bytes == 0 or stage in self._fetched or stage >= self._n_stages:
             return
-        self.clock.wait(self._computed.get(stage - 1 - task.prefetch))
+        self.clock.wait(self._computed.get(stage - 1 - self._ahead))
         whole = task.layout.head if where == self._layers else task.layout.layers[where]
         asked = None
         if memory.host_copy is None:
@@ -168,7 +173,7 @@ class Engine:
         move = Move(None if asked is None else self._store.submit(asked))
         if asked is not None:
             move.read_key, hops = (number, f"{name}.{hops[0]}", where), hops[1:]
-            self.counted.moved_bytes[number] += asked.n_bytes
+            self.counted.moved_bytes[number] += n_bytes
         for hop in hops:
             assert self._copier is not None and len(hops) == 1
             move.copy_key = (number, f"{name}.{hop}", where)
@@ -189,7 +194,10 @@ class Engine:
     # --- neurons ----------------------------------------------------------------------------------
 
     def _look_ahead(self, number: int, layer: int, active: Ints, after: Key | None) -> _Coming:
-        """Predict a layer's units and hand in the reads of those that are not held."""
+        """Predict a layer's units and hand in the reads of those that are not held.
+
+        While they are read, everything is decided that does not ask for their bytes: what stays, what goes where.
+        """
         task, memory, counted = self.task, self._memory, self.counted
         if task.predictor_params:
             after = (number, "predictor", layer)
@@ -200,31 +208,34 @@ class Engine:
                 else:
                     self._decoder.predict_low_rank(*memory.predictors[layer])
         self.clock.wait(after)  # which units are needed is known only now
-        step = memory.caches[layer].step(number, active)
-        buffer = memory.unit_buffers[layer % len(memory.unit_buffers)]
-        read = unit_reads(task.layout, layer, step.new, buffer.host, task.gap_units if task.coalesce else None)
+        cache, room = memory.caches[layer], memory.unit_buffers[layer % len(memory.unit_buffers)]
+        new = cache.missing(active)
+        read = unit_reads(task.layout, layer, new, room.host, self._gap_units)
+        n_bytes = read.asked.n_bytes
+        move = self._move(number, "units", layer, read.asked, task.unit_hops, n_bytes)
+        time.sleep(0.0)  # threads that read need the interpreter to begin
         counted.requests[number, layer] = len(read.asked.offsets)
-        counted.read_bytes[number, layer] = read.asked.n_bytes
-        counted.new_units[number, layer] = len(step.new)
-        return _Coming(step, read, self._move(number, "units", layer, read.asked, task.unit_hops, read.asked.n_bytes))
-
-    def _feed_units(self, number: int, layer: int, coming: _Coming, active: Ints, weights: Weights) -> None:
-        memory, cache, step = self._memory, self._memory.caches[layer], coming.step
-        self._wait(coming.move)
-        near = memory.unit_buffers[layer % len(memory.unit_buffers)].near
+        counted.read_bytes[number, layer] = n_bytes
+        counted.new_units[number, layer] = len(new)
+        step = cache.step(number, active, new)
+        cache.settle(step)
+        counted.rows[number, layer] = cache.n + (0 if step.kept else len(new))
+        mask = self._mask(cache.ids, active) if self._exact and step.kept else None
+        held = [FfnRows(memory.cached_parts(layer), cache.ids, mask)] if cache.n else []
         if step.kept:
+            return _Coming(move, step, read.new_rows(room.near, task.layout), held)
+        # They do not fit: what is held of them, and what is read, are used and forgotten.
+        cache.fill(step, ())
+        cache.forget()
+        return _Coming(move, step, (), [*held, read.rows(room.near, task.layout)])
+
+    def _feed_units(self, number: int, layer: int, coming: _Coming, weights: Weights) -> None:
+        self._wait(coming.move)
+        if coming.step.kept:
             with self.clock.op((number, "upkeep", layer)):
-                cache.apply(step, coming.read.new_rows(near, self.task.layout))
-            mask = self._mask(cache.ids, active) if self._exact else None
-            held = [FfnRows(memory.cached_parts(layer), cache.ids, mask)]
-        else:  # they do not fit: what is held of them, and what was read, are used and forgotten
-            cache.apply(step, [])
-            held = [FfnRows(memory.cached_parts(layer), cache.ids), coming.read.rows(near, self.task.layout)]
+                self._memory.caches[layer].fill(coming.step, coming.new)
         with self.clock.op((number, "ffn", layer)):
-            self._decoder.feed_rows(weights, held, self.task.known_first)
-        self.counted.rows[number, layer] = cache.n + (0 if step.kept else len(step.new))
-        if not step.kept:
-            cache.forget()
+            self._decoder.feed_rows(weights, coming.held, self.task.known_first)
 
     def _mask(self, held: Ints, active: Ints) -> torch.Tensor:
         import torch

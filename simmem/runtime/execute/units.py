@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from simmem.runtime.execute.cache import NewRows, padded
 from simmem.runtime.execute.kernels import FfnRows, torch_dtype
 from simmem.runtime.execute.layout import Layout
-from simmem.runtime.reader import Reads
+from simmem.runtime.reader import Reads, reads
 
 if TYPE_CHECKING:
     import torch
@@ -74,9 +74,10 @@ def unit_reads(layout: Layout, layer: int, new: Ints, buffer: NDArray[np.uint8],
     gap_units : reads are merged across so many units that are not wanted; None: every unit is read by itself.
     """
     assert layout.units is not None
-    slot = layout.units.slot_bytes
+    slot, areas = layout.units.slot_bytes, layout.areas_per_layer
+    index: Ints | None = None
     if gap_units is None or len(new) == 0:
-        starts, spans, spanned, index = new, np.ones(len(new), np.int64), new, None
+        starts, spanned, sizes = new, new, np.full(areas * len(new), slot)
     else:
         edges = np.flatnonzero(np.diff(new) > gap_units + 1) + 1
         first, last = np.r_[0, edges], np.r_[edges, len(new)] - 1
@@ -84,11 +85,11 @@ def unit_reads(layout: Layout, layer: int, new: Ints, buffer: NDArray[np.uint8],
         before = np.cumsum(spans) - spans
         spanned = np.arange(spans.sum()) + np.repeat(starts - before, spans)
         index = np.searchsorted(spanned, new)
-    areas = layout.areas_per_layer
-    bases = [layout.units.area_offset(layer * areas + area) for area in range(areas)]
-    offsets = np.concatenate([base + starts * slot for base in bases])
-    sizes = np.tile(spans * slot, areas)
-    return UnitReads(Reads(offsets, sizes, np.cumsum(sizes) - sizes, buffer), spanned, index)
+        sizes = np.tile(spans * slot, areas)
+    offsets = layout.units.area_offset(layer * areas) + starts * slot
+    if areas > 1:
+        offsets = np.add.outer(np.arange(areas) * layout.units.area_bytes, offsets).ravel()
+    return UnitReads(reads(offsets, sizes, buffer), spanned, index)
 
 
 def cache_parts(layout: Layout, rows: torch.Tensor, n: int) -> Mapping[str, torch.Tensor]:

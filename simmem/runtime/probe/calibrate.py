@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from simmem.errors import CalibrationError, MachineError, SpecError
-from simmem.runtime.probe import cuda, gather, interference, machine, matmul, memory, overheads, storage
+from simmem.runtime.probe import cuda, decoders, gather, interference, machine, matmul, memory, overheads, storage
 from simmem.runtime.probe.base import Case, Progress, Setting, measure
 from simmem.runtime.probe.journal import Journal
 from simmem.runtime.probe.load import Load
@@ -168,7 +168,7 @@ def _setting(asked: Asked, threads: int, device: str, scratch: Scratch) -> Setti
 
 def _cases(setting: Setting, scratch: Scratch) -> list[Case]:
     found = [replace(c, weight=c.weight * _STORAGE_WEIGHT) for c in storage.cases(scratch, quick=setting.quick)]
-    found += memory.cases(setting) + overheads.cases(setting)
+    found += memory.cases(setting) + overheads.cases(setting) + decoders.cases(setting)
     for module in (matmul, gather, interference, cuda):
         found += [c if c.rounds is not None else replace(c, rounds=_PRODUCT_ROUNDS) for c in module.cases(setting)]
     return found
