@@ -230,12 +230,13 @@ class Engine:
         return _Coming(move, step, (), [*held, read.rows(room.near, task.layout)])
 
     def _feed_units(self, number: int, layer: int, coming: _Coming, weights: Weights) -> None:
+        x = self._decoder.feed_input(weights)
         self._wait(coming.move)
         if coming.step.kept:
             with self.clock.op((number, "upkeep", layer)):
                 self._memory.caches[layer].fill(coming.step, coming.new)
         with self.clock.op((number, "ffn", layer)):
-            self._decoder.feed_rows(weights, coming.held, self.task.known_first)
+            self._decoder.feed_rows(x, weights, coming.held, self.task.known_first)
 
     def _mask(self, held: Ints, active: Ints) -> torch.Tensor:
         import torch

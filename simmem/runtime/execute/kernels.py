@@ -160,11 +160,19 @@ class Decoder:
         _project(h, "down", weights, self._out)
         self.hidden.add_(self._out)
 
-    def feed_rows(self, weights: Weights, held: Sequence[FfnRows], known: Sequence[str] = ()) -> None:
-        """The FFN over the neurons whose rows are there; `known` matrices were multiplied by `predict_whole`."""
+    def feed_input(self, weights: Weights) -> torch.Tensor:
+        """What the FFN multiplies (1, d_model): there before its neurons are."""
+        return self._norm("ffn_norm", weights)
+
+    def feed_rows(self, x: torch.Tensor, weights: Weights, held: Sequence[FfnRows], known: Sequence[str] = ()
+                  ) -> None:
+        """The FFN of `feed_input` over the neurons whose rows are there.
+
+        `known` matrices were multiplied by `predict_whole`.
+        """
         import torch
 
-        x, a = self._norm("ffn_norm", weights), self.architecture
+        a = self.architecture
         for rows in held:
             n = len(rows.ids)
             if n == 0:

@@ -111,10 +111,12 @@ def timeline_of(column: Schedule, times: Mapping[Key, tuple[float, float]], toke
         if found is None:
             start[op] = free[op] = max((free[d] for d in column.deps[op]), default=0.0)
             continue
-        # What was handed in early may begin before its stream's last op has ended; it then holds it from there on.
-        start[op] = max(found[0] - zero, stream_free.get(stream, 0.0), 0.0)
-        free[op] = max(found[1] - zero, start[op])
-        stream_free[stream] = free[op]
+        # What was handed in early may begin before its stream's last op has ended; it then holds it from there on, and
+        # for no time where it even ended before.
+        earliest = stream_free.get(stream, 0.0)
+        free[op] = max(found[1] - zero, 0.0)
+        start[op] = min(max(found[0] - zero, earliest), free[op])
+        stream_free[stream] = max(free[op], earliest)
     return Timeline(column, start, free, free.copy(), engine)
 
 

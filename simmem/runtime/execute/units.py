@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ from numpy.typing import NDArray
 
 from simmem.runtime.execute.cache import NewRows, padded
 from simmem.runtime.execute.kernels import FfnRows, torch_dtype
-from simmem.runtime.execute.layout import Layout
+from simmem.runtime.execute.layout import Layout, Slots
 from simmem.runtime.reader import Reads, reads
 
 if TYPE_CHECKING:
@@ -75,9 +76,10 @@ def unit_reads(layout: Layout, layer: int, new: Ints, buffer: NDArray[np.uint8],
     """
     assert layout.units is not None
     slot, areas = layout.units.slot_bytes, layout.areas_per_layer
-    index: Ints | None = None
-    if gap_units is None or len(new) == 0:
-        starts, spanned, sizes = new, new, np.full(areas * len(new), slot)
+    bases, *alike = _prepared(layout.units, areas)
+    if gap_units is None or len(new) == 0:  # all of one size: right after other work every call counts
+        sizes, places = (values[: areas * len(new)] for values in alike)
+        asked, spanned, index = Reads((bases[layer] + new * slot).ravel(), sizes, places, buffer), new, None
     else:
         edges = np.flatnonzero(np.diff(new) > gap_units + 1) + 1
         first, last = np.r_[0, edges], np.r_[edges, len(new)] - 1
@@ -85,11 +87,19 @@ def unit_reads(layout: Layout, layer: int, new: Ints, buffer: NDArray[np.uint8],
         before = np.cumsum(spans) - spans
         spanned = np.arange(spans.sum()) + np.repeat(starts - before, spans)
         index = np.searchsorted(spanned, new)
-        sizes = np.tile(spans * slot, areas)
-    offsets = layout.units.area_offset(layer * areas) + starts * slot
-    if areas > 1:
-        offsets = np.add.outer(np.arange(areas) * layout.units.area_bytes, offsets).ravel()
-    return UnitReads(reads(offsets, sizes, buffer), spanned, index)
+        asked = reads((bases[layer] + starts * slot).ravel(), np.tile(spans * slot, areas), buffer)
+    return UnitReads(asked, spanned, index)
+
+
+@lru_cache(maxsize=8)
+def _prepared(units: Slots, areas: int) -> tuple[Ints, Ints, Ints]:
+    """Where areas begin, (layers, areas per layer, 1); sizes and places of reads of single slots, for a whole layer."""
+    bases = units.offset + np.arange(units.areas) * units.area_bytes
+    sizes = np.full(areas * units.rows, units.slot_bytes)
+    places = np.cumsum(sizes) - sizes
+    for values in (bases, sizes, places):
+        values.flags.writeable = False
+    return bases.reshape(-1, areas, 1), sizes, places
 
 
 def cache_parts(layout: Layout, rows: torch.Tensor, n: int) -> Mapping[str, torch.Tensor]:
