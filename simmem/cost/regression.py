@@ -21,7 +21,7 @@ from simmem.cost.conformal import fit_interval
 from simmem.cost.features import Work, feature
 from simmem.cost.fitted import PARTS, joined, physical_s, product_s
 from simmem.cost.holdout import family
-from simmem.cost.noise import judge
+from simmem.cost.noise import TOO_NOISY, judge
 from simmem.cost.residual import fit_residual, is_monotone
 from simmem.errors import CalibrationError, MachineError, SpecError
 from simmem.spec.costmodel import Axis, Errors, FittedCost, Group, Interval, Residual, Term, load_cost_model
@@ -37,6 +37,8 @@ MOVES = ("gather", "scatter", "upkeep", "host-to-device", "device-to-host")
 """Ops that only move bytes."""
 MIN_POINTS = 16
 MIN_SHAPES = 8
+_ENOUGH = 48
+"""Trusted points of a kind, with which those of two modes are left out."""
 MIN_CORRECTED = 64
 """Points that a correction needs."""
 N_FOLDS = 10
@@ -167,22 +169,36 @@ def _plain(text: str) -> str:
 
 
 def points_of(measurements: Measurements, *, device_agent: str = "cpu") -> list[Points]:
-    """The measurements that a cost model is fitted to, one `Points` for each kind of op, precision and so on."""
+    """The measurements that a cost model is fitted to, one `Points` for each kind of op, precision and so on.
+
+    Where few of a kind can be trusted because the machine has two speeds, as one has whose core others share, those
+    with two modes not far apart count too, as noisy as the modes lie apart.
+    """
     units = int(measurements.machine.get("gpu_sms", 1))
     found: dict[tuple[str, str, str, str, int, str], list[tuple[Measurement, float, float]]] = {}
+    doubtful: dict[tuple[str, str, str, str, int, str], list[tuple[Measurement, float, float]]] = {}
     for point in measurements.points:
         c = point.conditions
         if point.probe not in (*PRODUCTS, *MOVES) or (point.probe in PRODUCTS and family(point) is None):
             continue
         judged = judge(point)
+        noise = judged.noise_floor
         if judged.refused is not None:
-            continue
+            if point.refused is not None or judged.modes_s is None:
+                continue
+            noise = max(noise, (judged.modes_s[1] / judged.modes_s[0] - 1.0) / 2.0)
+            if noise > TOO_NOISY:
+                continue
         _check(point)
         variant = "" if point.probe in PRODUCTS else " ".join(f"{k}={c[k]}" for k in _VARIANT if k in c)
         agent = str(c.get("agent", device_agent))
         key = (point.probe, str(c.get("dtype", "")), _AGENT.get(agent, agent), str(c.get("level", "")),
                int(c.get("threads", 1)), variant)
-        found.setdefault(key, []).append((point, judged.median_s, judged.noise_floor))
+        some = found if judged.refused is None else doubtful
+        some.setdefault(key, []).append((point, judged.median_s, noise))
+    for key, rows in doubtful.items():
+        if len(found.get(key, ())) < _ENOUGH:
+            found.setdefault(key, []).extend(rows)
     return [_points(key, rows, 1 if key[2] == "cpu" else units) for key, rows in sorted(found.items())]
 
 

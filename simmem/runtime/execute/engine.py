@@ -120,6 +120,8 @@ class Engine:
             if self._by_neuron:
                 if layer + ahead < self._layers:
                     coming[layer + ahead] = self._look_ahead(number, layer + ahead, active[layer + ahead], attended)
+                if ahead:  # behind the units on the link, as the schedule has it
+                    self._fetch(stage + ahead)
                 self._feed_units(number, layer, coming.pop(layer), weights)
             else:
                 with self.clock.op(fed):
@@ -132,6 +134,8 @@ class Engine:
         if memory.head_rows_leave:
             memory.keep_row(int(chosen) if next_id is None else next_id, stage)
         self._leave(stage, key)
+        if self._by_neuron and ahead:
+            self._fetch(stage + ahead)
         return chosen
 
     # --- streamed weights -------------------------------------------------------------------------
@@ -140,6 +144,8 @@ class Engine:
         """Wait for the weights of a stage; returns its number, counted over all tokens."""
         stage = number * (self._layers + 1) + where
         self._fetch(stage)
+        if self._ahead and not self._by_neuron:
+            self._fetch(stage + self._ahead)  # the stage before is computed: its buffer is free
         move = self._fetched.pop(stage, None)
         if move is not None:
             self._wait(move)
@@ -148,8 +154,6 @@ class Engine:
     def _leave(self, stage: int, key: Key) -> None:
         """A stage was computed with: its buffer is free for another."""
         self._computed[stage] = key
-        if self._ahead:
-            self._fetch(stage + self._ahead)
 
     def _fetch(self, stage: int) -> None:
         """Hand in the read of a stage, once what its buffer held was computed with."""
