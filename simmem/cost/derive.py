@@ -80,7 +80,7 @@ def derive(measured: Measurements) -> Derived:
     judged = [(point, judge(settled(point))) for point in measured.points]
     trusted = [(p, j) for p, j in judged if j.refused is None]
     notes = _lasting(judged)
-    storage, fit = storage_figures(trusted, notes)
+    storage, fit = storage_figures(trusted, judged, notes)
     figures = [*_of_machine(measured), *_memory(trusted, judged, "cpu", "dram"), *_arithmetic(trusted, "cpu"),
                *_overheads(trusted, judged), *storage, *_memory(trusted, judged, "gpu", "vram"),
                *_arithmetic(trusted, "gpu"), *_copies(trusted), *_launches(trusted),
@@ -118,6 +118,7 @@ _SAYS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "storage-sustained": ((), (), ("bytes",)), "memory-read": ((), (), ("bytes",)), "memory-copy": ((), (), ("bytes",)),
     "gemv": ((), (), ("bytes",)), "gemm": ((), (), ("flop",)), "host-to-device": ((), (), ("bytes",)),
     "device-to-host": ((), (), ("bytes",)), "launch": ((), (), ("requests",)),
+    "batch-read": ((), (), ("bytes", "requests")),
     "interference": (("victim", "aggressor"), (), ()), "decoder-op": (("op", "decoder", "dtype"), (), ("requests",)),
 }
 

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simmem.cost.figures import Judged, MeasuredFigure, rate_figure, rate_of, said, surely
 from simmem.cost.noise import Judgement, run_medians
@@ -23,6 +24,7 @@ _COMMON_SIZES, _COMMON_DEPTHS = (4096, 1 << 16, 1 << 20, 1 << 24), (1, 4, 32)
 """What every run reads, however short: the highest of some rates is of these, or it would grow with their number."""
 _BEND_KNOWN = 1.0
 """How the surface bends is measured where refits differ by less than this share of it."""
+_FEW_BATCHES, _NOTHING_S = 5, 1e-7
 _SETTLED = 0.5
 """The later half of a sustained run is what lasts."""
 
@@ -39,7 +41,8 @@ class StorageFit:
     undetermined: tuple[str, ...]
 
 
-def storage_figures(trusted: Sequence[Judged], notes: list[str]) -> tuple[list[MeasuredFigure], StorageFit | None]:
+def storage_figures(trusted: Sequence[Judged], judged: Sequence[Judged], notes: list[str]
+                    ) -> tuple[list[MeasuredFigure], StorageFit | None]:
     reads = [(p, j) for p, j in trusted if p.probe == "storage-read"]
     direct = [one for one in reads if one[0].conditions["how"] == "direct"]
     how = "direct"
@@ -90,11 +93,48 @@ def storage_figures(trusted: Sequence[Judged], notes: list[str]) -> tuple[list[M
                                  "depth of the highest throughput; range: the depths beside it", n, floor),
                   MeasuredFigure("link.flash.overload_exponent", power, min(low, power), max(high, power),
                                  Kind.MEASURED, "decline beyond it", n, floor)]
+    found += _batch(judged, fit)
     lasting = next((one for one in trusted if one[0].probe == "storage-sustained"), None)
     if lasting is not None:
         found.append(_as_visited(rate_figure("link.flash.sustained_rate", lasting, "the later half of reads without "
                                              f"pause, {said(lasting[0])}"), large, lasting))
     return found, _held_out(random, fitted, fit)
+
+
+def _batch(reads: Sequence[Judged], fit: SurfaceFit) -> list[MeasuredFigure]:
+    """What waking a reader takes, and a batch beside it, from batches behind a pause:
+
+        t = max(n · read_seconds(s, n), n · reader_time) + batch_time
+
+    by least squares in the logarithm; ranges are those of the fits without each of the batches in turn. Behind a pause
+    times scatter by nature: they count however noisy they are.
+    """
+    some = [(p, j) for p, j in reads if p.probe == "batch-read" and p.refused is None]
+    if len(some) < _FEW_BATCHES:
+        return []
+    n, took = (np.array(column) for column in zip(*((p.requests, j.median_s) for p, j in some), strict=True))
+    surface = np.array([p.bytes / float(fit.surface.throughput(p.bytes / p.requests, p.requests)) for p, _ in some])
+
+    def fitted(which: NDArray[np.bool_]) -> tuple[float, float]:
+        from scipy.optimize import least_squares
+
+        def off(x: NDArray[np.float64]) -> NDArray[np.float64]:
+            reader, batch = np.exp(x)
+            return np.asarray(np.log((np.maximum(surface, n * reader) + batch) / took)[which])
+
+        starts = [np.log([reader, batch]) for reader in (5e-6, 2e-5, 8e-5) for batch in (5e-5, 3e-4)]
+        found = min((least_squares(off, x0, loss="soft_l1", f_scale=0.2) for x0 in starts), key=lambda f: float(f.cost))
+        return float(np.exp(found.x[0])), float(np.exp(found.x[1]))
+
+    every = np.ones(len(some), np.bool_)
+    values = fitted(every)
+    others = np.array([fitted(np.arange(len(some)) != left_out) for left_out in range(len(some))])
+    floor = float(np.median([j.noise_floor for _, j in some]))
+    return [MeasuredFigure(f"link.flash.{name}", value, min(value * (1 - min(floor, 0.9)), float(others[:, i].min())),
+                           max(value * (1 + floor), float(others[:, i].max())), Kind.MEASURED,
+                           f"{len(some)} kinds of batches behind a pause", sum(j.n for _, j in some), floor)
+            for i, (name, value) in enumerate(zip(("reader_time", "batch_time"), values, strict=True))
+            if value > _NOTHING_S]
 
 
 def _as_visited(figure: MeasuredFigure, large: Sequence[Judged], top: Judged) -> MeasuredFigure:

@@ -1,7 +1,8 @@
 """How long does each class of op take on a device? Roofline with achieved shares and constants.
 
 Compute and upkeep:  max(flop / (peak · share), bytes / (rate · share)) + kernels · overhead + wait · wake
-Storage reads:       n · read_seconds(s, q), a surface over request size and depth (`simmem.cost.surface`)
+Storage reads:       max(n · read_seconds(s, q), q · reader) + batch, a surface over request size and depth
+                     (`simmem.cost.surface`) and, where they were measured, what it takes to wake q readers
 Copies:              bytes / R, and L until dependants may start
 
 A batch of n requests has at most n in flight.
@@ -146,7 +147,13 @@ def _move_s(schedule: Schedule, index: int, what: DemandClass, device: Device, f
     count = np.maximum(requests, 1e-300)
     depth = np.minimum(schedule.depth[index], np.maximum(requests, 1.0))
     seconds = storage_seconds_per_request(link, n_bytes / count, depth, factors=factors, name=name)
-    return _corrected(np.asarray(seconds * requests), floor, what, device, factors), np.zeros_like(n_bytes)
+    seconds = seconds * requests
+    if link.reader_time is not None:
+        wake = link.reader_time.value * _factor(factors, f"link.{name}.reader_time")
+        seconds = np.maximum(seconds, np.minimum(depth, requests) * wake)
+    if link.batch_time is not None:
+        seconds = seconds + (requests > 0) * link.batch_time.value * _factor(factors, f"link.{name}.batch_time")
+    return _corrected(np.asarray(seconds), floor, what, device, factors), np.zeros_like(n_bytes)
 
 
 def storage_seconds_per_request(link: Link, size_bytes: Array | float, depth: Array | float, *,

@@ -38,7 +38,8 @@ TRACE_STREAM = 10_000
 """Seed of the draws of the trace's law, apart from those of the device's figures."""
 COST_STREAM = 20_000
 """Seed of the draws of a cost model's own error."""
-_CURVE = {"rate": 1, "request_rate": 1, "single_rate": 1, "latency": -1, "request_time": -1}
+_CURVE = {"rate": 1, "request_rate": 1, "single_rate": 1, "latency": -1, "request_time": -1,
+          "batch_time": -1, "reader_time": -1}
 
 
 def uncertain_figures(context: Context) -> tuple[str, ...]:

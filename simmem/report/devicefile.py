@@ -45,6 +45,7 @@ _NEEDED = {
 _PROBES = {"rate_share": "gemv", "flop_share": "gemm", "flop_per_s": "gemm", "op_overhead": "op-call",
            "link.flash": "storage-read", "rate": "memory-read"}
 _DIMENSIONS = {"capacity": "bytes", "reserved": "bytes", "block": "bytes", "latency": "s", "request_time": "s",
+               "batch_time": "s", "reader_time": "s",
                "op_overhead": "s", "step_overhead": "s", "wake_time": "s", "flop_share": "ratio",
                "rate_share": "ratio", "share": "ratio",
                "overload_exponent": "ratio", "saturation_exponent": "ratio", "best_depth": "count",

@@ -118,6 +118,10 @@ class Link(Frozen):
     saturation_exponent: NormExponent | None = None
     """storage: how sharply throughput bends from latency to saturation; at least 1 (service times scatter), 2 where
     absent, more where they do not."""
+    batch_time: Seconds | None = None
+    """storage: what a batch of reads takes beside them: handed in, and waited for by one that slept. [s]"""
+    reader_time: Seconds | None = None
+    """storage: waking one reader for a batch; the last of them begins only after all. [s]"""
     sustained_rate: BytesPerSecond | None = None
     energy_per_byte: JoulePerByte | None = None
 

@@ -168,6 +168,7 @@ def _setting(asked: Asked, threads: int, device: str, scratch: Scratch) -> Setti
 
 def _cases(setting: Setting, scratch: Scratch) -> list[Case]:
     found = [replace(c, weight=c.weight * _STORAGE_WEIGHT) for c in storage.cases(scratch, quick=setting.quick)]
+    found += storage.batch_cases(scratch)
     found += memory.cases(setting) + overheads.cases(setting) + decoders.cases(setting)
     for module in (matmul, gather, interference, cuda):
         found += [c if c.rounds is not None else replace(c, rounds=_PRODUCT_ROUNDS) for c in module.cases(setting)]

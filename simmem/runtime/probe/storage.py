@@ -20,11 +20,12 @@ import numpy as np
 
 from simmem.runtime.probe.base import ALWAYS, Case, NotHereError, Run
 from simmem.runtime.probe.scratch import BLOCK_BYTES, Scratch
+from simmem.runtime.reader import Reader, page_buffer, reads
 from simmem.spec.measurement import Condition, Measurement
 
-__all__ = ["CALL", "READ", "SUSTAINED", "cases", "guard", "read_seconds", "sustained_cases"]
+__all__ = ["BATCH", "CALL", "READ", "SUSTAINED", "batch_cases", "cases", "guard", "read_seconds", "sustained_cases"]
 
-READ, CALL, SUSTAINED = "storage-read", "read-call", "storage-sustained"
+READ, CALL, SUSTAINED, BATCH = "storage-read", "read-call", "storage-sustained", "batch-read"
 
 SIZES = tuple(4096 << 2 * k for k in range(7))
 DEPTHS = (1, 2, 4, 8, 16, 32, 64)
@@ -34,6 +35,7 @@ _BUFFERS_BYTES = 256 << 20
 """What all reads in flight may take together; larger products of size and depth are left out."""
 _CACHED_BYTES = 64 << 20
 _SAMPLE_S = 0.03
+_BATCH_SIZES, _BATCHES, _PAUSE_S = (8192, 1 << 16, 1 << 20), (2, 8, 32), 3e-3
 _SUSTAINED_SAMPLE_S = 0.5
 _LEAST_REQUESTS = 16
 _LIST = 1 << 16
@@ -64,6 +66,34 @@ def cases(scratch: Scratch, *, quick: bool) -> list[Case]:
                   if size * depth <= min(_BUFFERS_BYTES, scratch.size_bytes // 2)]
     return found + [Case(CALL, {"depth": depth}, _setup(scratch, "direct", "random", 0, depth, _SAMPLE_S),
                          requests=1.0, weight=0.5, priority=ALWAYS) for depth in depths]
+
+
+def batch_cases(scratch: Scratch) -> list[Case]:
+    """Batches of reads behind a pause, as a layer hands them in, by the reader that runs plans."""
+    if scratch.direct_fd is None:
+        return []
+    return [Case(BATCH, {"size_bytes": size, "requests": n, "pause_s": _PAUSE_S, "how": "direct"},
+                 _batch(scratch, size, n), bytes=float(size * n), requests=float(n), priority=ALWAYS)
+            for size in _BATCH_SIZES for n in _BATCHES if size * n <= min(_BUFFERS_BYTES, scratch.size_bytes // 2)]
+
+
+def _batch(scratch: Scratch, size: int, n: int) -> Callable[[], AbstractContextManager[Run]]:
+    @contextmanager
+    def setup() -> Iterator[Run]:
+        assert scratch.direct_fd is not None
+        random, buffer = np.random.default_rng(), page_buffer(size * n)
+        sizes = np.full(n, size, np.int64)
+        with Reader(scratch.direct_fd, "the scratch file", n) as reader:
+            def run() -> float:
+                offsets = random.integers(0, scratch.size_bytes // size, n) * size
+                time.sleep(_PAUSE_S)
+                begun = time.perf_counter()
+                reader.submit(reads(offsets, sizes, buffer)).wait()
+                return time.perf_counter() - begun
+
+            yield run
+
+    return setup
 
 
 def sustained_cases(scratch: Scratch) -> list[Case]:
