@@ -93,7 +93,7 @@ class Schedule:
     requests: Array
     depth: Array
     waits: Array
-    """1 where the op begins behind a read that its agent has nothing else to do for, 0 elsewhere."""
+    """1 where the op begins behind a read that nothing was done during, 0 elsewhere."""
     bytes: Mapping[str, Array]
     acquire_bytes: Mapping[str, Array] = field(default_factory=dict)
     release_bytes: Mapping[str, Array] = field(default_factory=dict)

@@ -7,11 +7,13 @@ import numpy as np
 from simmem.cost.surface import Surface
 from simmem.spec.measurement import Condition, Measurement, Measurements
 
-__all__ = ["COPY_RATE", "PEAKS", "PRODUCT_RATE", "READ_RATE", "SURFACE", "measurements"]
+__all__ = ["BATCH_S", "COPY_RATE", "PEAKS", "PRODUCT_RATE", "READER_S", "READ_RATE", "SURFACE", "WAKE_S",
+           "measurements"]
 
 SURFACE = Surface(latency_s=80e-6, single_rate=1.6e9, request_time_s=2.5e-6, request_rate=4.2e9, rate=3.4e9)
 READ_RATE, COPY_RATE, PRODUCT_RATE = 20e9, 23e9, 17e9
 PEAKS = {"fp32": 120e9, "bf16": 480e9}
+WAKE_S, READER_S, BATCH_S = 400e-6, 40e-6, 200e-6
 
 
 def measurements(noise: float = 0.03, seed: int = 0, *, surface: Surface = SURFACE, without: str = "") -> Measurements:
@@ -19,13 +21,14 @@ def measurements(noise: float = 0.03, seed: int = 0, *, surface: Surface = SURFA
     rng = np.random.default_rng(seed)
     points = []
 
-    def add(probe: str, seconds: float, *, n_bytes: float = 0.0, flop: float = 0.0, **said: Condition) -> None:
+    def add(probe: str, seconds: float, *, n_bytes: float = 0.0, flop: float = 0.0, requests: float = 1.0,
+            **said: Condition) -> None:
         if probe == without:
             return
         runs = (4,) * 5
         samples = seconds * np.repeat(rng.lognormal(0, noise, 5), 4) * rng.lognormal(0, noise, 20)
-        points.append(Measurement(probe=probe, conditions=dict(said), bytes=n_bytes, flop=flop, requests=1, runs=runs,
-                                  samples_s=tuple(samples.tolist()), at_s=tuple(range(20))))
+        points.append(Measurement(probe=probe, conditions=dict(said), bytes=n_bytes, flop=flop, requests=requests,
+                                  runs=runs, samples_s=tuple(samples.tolist()), at_s=tuple(range(20))))
 
     for size in (4096 << 2 * k for k in range(7)):
         for depth in (1, 2, 4, 8, 16, 32, 64):
@@ -49,6 +52,17 @@ def measurements(noise: float = 0.03, seed: int = 0, *, surface: Surface = SURFA
     add("op-parallel", 9e-6, agent="cpu", threads=2)
     add("token-choice", 30e-6, agent="cpu", threads=2)
     add("hand-off", 10e-6, agent="cpu")
+    for decoder in ("opt-125m", "smollm2-135m"):
+        for op, kernels, each in (("attention", 8, 20e-6), ("ffn", 6, 9e-6), ("head", 3, 15e-6), ("layer", 14, 15e-6)):
+            add("decoder-op", kernels * each, agent="cpu", op=op, decoder=decoder, dtype="bf16", threads=2, pause_s=0.0,
+                requests=kernels)
+        add("decoder-op", 14 * 15e-6 + WAKE_S, agent="cpu", op="layer", decoder=decoder, dtype="bf16", threads=2,
+            pause_s=3e-3, requests=14)
+    for size in (8192, 1 << 16, 1 << 20):
+        for n in (2, 8, 32):
+            steady = n * size / float(surface.throughput(size, n))
+            add("batch-read", max(steady, n * READER_S) + BATCH_S, n_bytes=n * size, requests=n, size_bytes=size,
+                how="direct", pause_s=3e-3)
     add("storage-sustained", (4 << 20) / 2.1e9, n_bytes=4 << 20, size_bytes=4 << 20, depth=4, how="direct",
         pattern="sequential")
     return Measurements(

@@ -71,6 +71,7 @@ def run(argv: Sequence[str] | None = None) -> None:
 def _stop_like_interrupt() -> None:
     """A request to stop ends a command as Ctrl-C does: files and threads are put away."""
     def stop(*_: object) -> None:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # asked once is enough: what is being put away is put away
         raise KeyboardInterrupt
 
     with contextlib.suppress(ValueError):  # only the main thread may ask for signals

@@ -43,7 +43,7 @@ def validate(
         quick=quick, device=device, models=tuple(model or ()), shares=tuple(share or ()), weights=weights, trace=trace,
         emulate=None if emulate == "none" else emulate, scratch=scratch, threads=threads,
         total_s=None if minutes is None else 60 * minutes, record=record, baselines=baselines))
-    if as_json and found.conclusive:
+    if as_json and found.conclusive and (found.failed or not found.broken):
         typer.echo(found.model_dump_json(by_alias=True, indent=2))
     elif not as_json:
         from simmem.report.verdict import print_validation
@@ -54,3 +54,6 @@ def validate(
                            "conclusive, at least 70 % are needed; run it again on a quiet machine")
     if found.failed:
         raise typer.Exit(1)
+    if found.broken:
+        raise MachineError("the machine failed under some plans, and those that were run hold: "
+                           "without --json the last lines say which")

@@ -28,7 +28,7 @@ from simmem.cost.figures import (
     top_figure,
 )
 from simmem.cost.interference import KeptShare, kept_shares
-from simmem.cost.noise import judge, run_medians
+from simmem.cost.noise import TOO_NOISY, judge, run_medians
 from simmem.errors import SpecError
 from simmem.spec.base import Kind
 from simmem.spec.measurement import Condition, Measurement, Measurements
@@ -132,6 +132,9 @@ def _check(point: Measurement, key: str) -> None:
         value = point.conditions.get(name)
         if isinstance(value, (bool, str)) or value is None or not value > 0:
             raise SpecError(f"a {point.probe} says its {name}, a positive number", key=f"{key}.conditions")
+    pause = point.conditions.get("pause_s")
+    if point.probe == "decoder-op" and (isinstance(pause, (bool, str)) or pause is None or not pause >= 0):
+        raise SpecError("a decoder-op says its pause_s, zero or a positive number", key=f"{key}.conditions")
     for name in demands:
         if not getattr(point, name) > 0:
             raise SpecError(f"a {point.probe} has some {name}, found none", key=f"{key}.{name}")
@@ -309,8 +312,8 @@ def _executor(judged: Sequence[Judged]) -> list[MeasuredFigure]:
     found = [_span(f"agent.cpu.kernel_overhead.{op}", [j.median_s / p.requests for p, j in some], some,
                    f"a kernel of a decoder with next to no weights, {len(some)} kinds") for op, some in ops.items()]
     more = [(j.median_s - alone[key], (p, j)) for p, j in paused
-            if (key := (p.conditions["decoder"], p.conditions["dtype"])) in alone and j.median_s > alone[key]]
-    if more:
+            if (key := (p.conditions["decoder"], p.conditions["dtype"])) in alone]
+    if more and np.median([s for s, _ in more]) > 0:
         found.append(_span("agent.cpu.wake_time", [s for s, _ in more], [one for _, one in more],
                            f"a layer behind a pause, less one that follows another, {len(more)} kinds and pauses"))
     return found
@@ -319,8 +322,9 @@ def _executor(judged: Sequence[Judged]) -> list[MeasuredFigure]:
 def _span(key: str, values: Sequence[float], judged: Sequence[Judged], what: str) -> MeasuredFigure:
     floor = float(np.median([j.noise_floor for _, j in judged]))
     middle = float(np.median(values))
-    return MeasuredFigure(key, middle, min(*values, middle * (1 - min(floor, 0.9))), max(*values, middle * (1 + floor)),
-                          Kind.MEASURED, what, sum(j.n for _, j in judged), floor)
+    return MeasuredFigure(key, middle, max(min(*values, middle * (1 - min(floor, 0.9))), 0.1 * middle),
+                          max(*values, middle * (1 + floor)), Kind.MEASURED if floor <= TOO_NOISY else Kind.ESTIMATED,
+                          what, sum(j.n for _, j in judged), floor)
 
 
 # --- what only a GPU has, and what disturbs what --------------------------------------------------------------------

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.cost.figures import Judged, MeasuredFigure, rate_figure, rate_of, said, surely
-from simmem.cost.noise import Judgement, run_medians
+from simmem.cost.noise import TOO_NOISY, Judgement, run_medians
 from simmem.cost.surface import ReadPoint, SurfaceFit, fit_surface
 from simmem.spec.base import Kind
 from simmem.spec.measurement import Measurement
@@ -83,9 +83,10 @@ def storage_figures(trusted: Sequence[Judged], judged: Sequence[Judged], notes: 
     bend = fit.surface.saturation_exponent
     assert bend is not None
     low, high = (float(q) for q in np.quantile(draws["saturation_exponent"], (0.05, 0.95)))
-    if high - low < _BEND_KNOWN * bend:
-        found.append(MeasuredFigure("link.flash.saturation_exponent", bend, min(low, bend), max(high, bend),
-                                    Kind.MEASURED, f"surface fitted to {len(random)} random {how} reads", n, floor))
+    # Written however little is known of it: the other figures were found together with it.
+    found.append(MeasuredFigure("link.flash.saturation_exponent", bend, min(low, bend), max(high, bend),
+                                Kind.MEASURED if high - low < _BEND_KNOWN * bend else Kind.ESTIMATED,
+                                f"surface fitted to {len(random)} random {how} reads", n, floor))
     if fit.surface.best_depth is not None and fit.surface.overload_exponent:
         depth, power = fit.surface.best_depth, fit.surface.overload_exponent
         low, high = (float(q) for q in np.quantile(draws["overload_exponent"], (0.05, 0.95)))
@@ -130,8 +131,9 @@ def _batch(reads: Sequence[Judged], fit: SurfaceFit) -> list[MeasuredFigure]:
     values = fitted(every)
     others = np.array([fitted(np.arange(len(some)) != left_out) for left_out in range(len(some))])
     floor = float(np.median([j.noise_floor for _, j in some]))
+    kind = Kind.MEASURED if floor <= TOO_NOISY else Kind.ESTIMATED
     return [MeasuredFigure(f"link.flash.{name}", value, min(value * (1 - min(floor, 0.9)), float(others[:, i].min())),
-                           max(value * (1 + floor), float(others[:, i].max())), Kind.MEASURED,
+                           max(value * (1 + floor), float(others[:, i].max())), kind,
                            f"{len(some)} kinds of batches behind a pause", sum(j.n for _, j in some), floor)
             for i, (name, value) in enumerate(zip(("reader_time", "batch_time"), values, strict=True))
             if value > _NOTHING_S]

@@ -1,8 +1,9 @@
 """How long does each class of op take on a device? Roofline with achieved shares and constants.
 
 Compute and upkeep:  max(flop / (peak · share), bytes / (rate · share)) + kernels · overhead + wait · wake
-Storage reads:       max(n · read_seconds(s, q), q · reader) + batch, a surface over request size and depth
-                     (`simmem.cost.surface`) and, where they were measured, what it takes to wake q readers
+Storage reads:       max(n · read_seconds(s, q), q · reader), and `batch` until dependants may start: a surface over
+                     request size and depth (`simmem.cost.surface`) and, where they were measured, what it takes to
+                     wake q readers and to hand in a batch and wait for it
 Copies:              bytes / R, and L until dependants may start
 
 A batch of n requests has at most n in flight.
@@ -151,9 +152,10 @@ def _move_s(schedule: Schedule, index: int, what: DemandClass, device: Device, f
     if link.reader_time is not None:
         wake = link.reader_time.value * _factor(factors, f"link.{name}.reader_time")
         seconds = np.maximum(seconds, np.minimum(depth, requests) * wake)
+    late = np.zeros_like(n_bytes)  # handing in and waking up keep nobody but who waits
     if link.batch_time is not None:
-        seconds = seconds + (requests > 0) * link.batch_time.value * _factor(factors, f"link.{name}.batch_time")
-    return _corrected(np.asarray(seconds), floor, what, device, factors), np.zeros_like(n_bytes)
+        late = (requests > 0) * link.batch_time.value * _factor(factors, f"link.{name}.batch_time")
+    return _corrected(np.asarray(seconds), floor, what, device, factors), np.asarray(late, dtype=np.float64)
 
 
 def storage_seconds_per_request(link: Link, size_bytes: Array | float, depth: Array | float, *,

@@ -38,8 +38,9 @@ TRACE_STREAM = 10_000
 """Seed of the draws of the trace's law, apart from those of the device's figures."""
 COST_STREAM = 20_000
 """Seed of the draws of a cost model's own error."""
-_CURVE = {"rate": 1, "request_rate": 1, "single_rate": 1, "latency": -1, "request_time": -1,
-          "batch_time": -1, "reader_time": -1}
+_CURVE = {"rate": 1, "request_rate": 1, "single_rate": 1, "latency": -1, "request_time": -1}
+_OWN = ("saturation_exponent", "batch_time", "reader_time")
+"""Figures of a link that are no part of how fast its device is."""
 
 
 def uncertain_figures(context: Context) -> tuple[str, ...]:
@@ -47,6 +48,7 @@ def uncertain_figures(context: Context) -> tuple[str, ...]:
     device = context.device
     keys = [key for key in device.figures() if key.split(".")[0] in ("agent", "memory")
             and key.split(".")[-1] not in ("capacity", "reserved") and "energy" not in key]
+    keys += [f"link.{name}.{field}" for name, link in device.link.items() for field in _OWN if getattr(link, field)]
     return tuple(sorted([*keys, *(f"link.{name}.throughput" for name in device.link)]))
 
 

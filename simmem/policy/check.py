@@ -182,7 +182,7 @@ class _Check:
         need(set(s.bytes) <= known, f"bytes of unknown resources: {sorted(set(s.bytes) - known)}")
         tiers = {*s.acquire_bytes, *s.release_bytes, *s.held_bytes}
         need(tiers <= set(device.memory), f"memory held in unknown tiers: {sorted(tiers - set(device.memory))}")
-        tables = {"flop": s.flop, "requests": s.requests, "depth": s.depth, **s.bytes,
+        tables = {"flop": s.flop, "requests": s.requests, "depth": s.depth, "waits": s.waits, **s.bytes,
                   **{f"acquire {k}": v for k, v in s.acquire_bytes.items()},
                   **{f"release {k}": v for k, v in s.release_bytes.items()}}
         for name, table in tables.items():
@@ -341,5 +341,5 @@ def _equal(a: Schedule, b: Schedule) -> bool:
     return ((a.streams, a.classes, a.deps, a.token_ends) == (b.streams, b.classes, b.deps, b.token_ends)
             and all(np.array_equal(x, y, equal_nan=True) for x, y in (
                 (a.op_class, b.op_class), (a.op_stream, b.op_stream), (a.flop, b.flop), (a.requests, b.requests),
-                (a.depth, b.depth)))
+                (a.depth, b.depth), (a.waits, b.waits)))
             and all(set(x) == set(y) and all(np.array_equal(x[k], y[k], equal_nan=True) for k in x) for x, y in tables))

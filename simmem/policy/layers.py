@@ -192,8 +192,10 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
     norm_params = model.norm_params * a.norms_per_layer / 2  # half of a layer's with its attention, half with its FFN
     stream_layer, stream_head = ops.streams()
     context_flop = batch * model.attention_flop(workload.mean_decode_context, workload.mean_decode_window(a.window))
+    # With reads ahead nobody knows beforehand whether an op will find its bytes there: then none is said to wait.
+    idle = 0.0 if demands.prefetch else 1.0
     attend = ops.mixer(batch, context_flop, context.decode_kv_bytes, norm_params,
-                       waits=(demands.layer_stream_bytes > 0).any(axis=0).astype(np.float64))
+                       waits=np.where((demands.layer_stream_bytes > 0).any(axis=0), idle, 0.0))
     units = demands.units
     predict: tuple[int, str] | None = None
     unit_moves: list[list[tuple[int, str]]] = []
@@ -219,18 +221,18 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
             waits, kept = units.read_bytes[layer] > 0, units.upkeep_bytes[layer] > 0
             upkeep.append(ops.compute("upkeep", OpKind.MEMORY, keeper, 0.0, units.upkeep_bytes[layer],
                                       np.where(kept, 2.0, 0.0), products=Products(1.0, context.unit_bytes, 1.0),
-                                      waits=(waits & kept).astype(np.float64)))
+                                      waits=np.where(waits & kept, idle, 0.0)))
             params = units.rows[layer] * context.unit_params
             feed.append(ops.compute(
                 "ffn", OpKind.COMPUTE, agent, 2.0 * batch * params,
                 params * context.read_bytes_per_param(agent, "ffn")[0] + beside, kernels,
                 {ops.memory: demands.layer_stream_bytes[kind[layer]] + units.read_bytes[layer]},
                 Products(batch, float(a.d_model), float(model.unit_matrices)),
-                waits=(waits & ~kept).astype(np.float64)))
+                waits=np.where(waits & ~kept, idle, 0.0)))
     head = ops.compute("head", OpKind.COMPUTE, agent, 2.0 * batch * model.head_params,
                        ops.head_bytes(), HEAD_KERNELS,
                        {ops.memory: demands.head_stream_bytes}, Products(batch, float(a.d_model), 1.0),
-                       waits=(demands.head_stream_bytes > 0).astype(np.float64))
+                       waits=np.where(demands.head_stream_bytes > 0, idle, 0.0))
     step = ops.compute("step", OpKind.SYNC, agent, 0.0, 0.0, 1.0) if context.agent(agent).step_overhead else None
     lookup = ops.move("embedding rows", np.full(n_columns, demands.lookup_bytes), np.full(n_columns, float(batch)),
                       context.path_to(agent)) if demands.lookup_bytes else []

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from simmem.errors import SpecError
+from simmem.errors import MachineError, SpecError
 from simmem.planner.candidate import Candidate
 from simmem.runtime.execute.baselines import PageCache, accelerate_token_s, has_accelerate, mapped_token_s
 from simmem.runtime.execute.rounds import LEAST_ROUNDS
@@ -64,7 +64,7 @@ def time_today(resident: Sequence[tuple[Candidate, Task, Path | None]], rows: Se
                                     context=round(context.workload.mean_decode_context),
                                     n_tokens=LEAST_ROUNDS * -(-n // 2), threads=threads),
                                     LEAST_ROUNDS)
-                except SpecError as error:
+                except (SpecError, MachineError) as error:
                     left_out[name] = str(error)
                     continue
                 samples[name] = [r.tolist() for r in runs]

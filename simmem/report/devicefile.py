@@ -96,6 +96,7 @@ def updated_tables(old: Tables, derived: Derived, measured: Measurements) -> tup
     Figures of parts that the file has not are left out.
     """
     tables = copy.deepcopy(old)
+    _drop_stale(tables, derived)
     changes = []
     for figure in derived.figures.values():
         part = ".".join(figure.key.split(".")[:2])
@@ -108,6 +109,20 @@ def updated_tables(old: Tables, derived: Derived, measured: Measurements) -> tup
         if after != before:
             changes.append(Change(figure.key, before, after))
     return tables, changes
+
+
+def _drop_stale(tables: Tables, derived: Derived) -> None:
+    """Take out figures of an earlier calibration that were found together with what is replaced now."""
+    together = {"link.flash.request_time": ("link", "flash", ("saturation_exponent", "single_rate", "best_depth",
+                                                              "overload_exponent", "reader_time", "batch_time")),
+                "agent.cpu.op_overhead": ("agent", "cpu", ("kernel_overhead", "wake_time"))}
+    for known, (kind, name, fields) in together.items():
+        part = tables.get(kind, {}).get(name, {})
+        for field in fields if known in derived.figures else ():
+            entry = part.get(field, {})
+            one = next(iter(entry.values()), {}) if field == "kernel_overhead" else entry
+            if isinstance(one, dict) and str(one.get("source", "")).startswith(CALIBRATED):
+                del part[field]
 
 
 def tables_of(path: Path) -> Tables:

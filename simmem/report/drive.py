@@ -39,7 +39,8 @@ class Drive:
 
     def look(self) -> None:
         """Time plain reads once."""
-        look(self._file, self._reads, self.looks)
+        largest = self._file.stat().st_size // 2
+        look(self._file, [(size, depth) for size, depth in self._reads if size <= largest], self.looks)
 
     def conditions(self, task: Task, repeats: Repeats) -> dict[str, float]:
         """Of a plan: how fast the drive was beside its calibration, and how fast the plan read beside plain reads.

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from simmem.errors import CalibrationError, MachineError, SpecError
+from simmem.planner.candidate import Candidate
 from simmem.planner.predict import timelines
 from simmem.planner.question import ask
 from simmem.report.baselines import time_today
@@ -140,44 +141,68 @@ def validate_machine(asked: Ladder) -> Validation:
         if not plans:
             raise MachineError(f"no plan can be run: {next(iter(left_out.values()), 'nothing was asked for')}")
         digest = _write_predictions(plans, device, kept)
-        ready = write_files([(p.task, How(storage=p.step.cell.storage, threads=asked.threads, say=_say))
-                             for p in plans], folder)
-        load = os.getloadavg()[0] if hasattr(os, "getloadavg") else -1.0
-        drive = Drive(tuple(p.task for p in plans if p.step.cell.storage == "real"), file)
-
-        def begin(number: int) -> None:
-            _say(f"round {number + 1}: {len(plans)} plans, {max(end_s - time.monotonic(), 0):.0f} s left")
-            drive.look()
-
-        def keep(so_far: Sequence[Repeats]) -> None:
-            if asked.record is not None:
-                _write_samples(asked.record, _samples(plans, so_far), drive)
-
-        found = run_rounds(ready, Rounds(budget_s=end_s - time.monotonic(), extra=[p.step.extra for p in plans],
-                                         before=begin, after=keep))
-        whole = [(p, r) for p, r in zip(plans, found, strict=True) if r.stopped is None]
-        left_out.update({p.step.id: r.stopped for p, r in zip(plans, found, strict=True) if r.stopped is not None})
-        if not whole:
-            raise MachineError(f"no plan could be run: {next(iter(left_out.values()))}")
-        rows = [_row(plan, repeats, drive) for plan, repeats in whole]
-        samples = _samples(plans, found)
-        resident = [(p.step.candidate, p.task, how.file) for p, (_, how) in zip(plans, ready, strict=True)
-                    if p.step.candidate.policy.name == "resident"]
-        today = time_today(resident if asked.baselines else [], rows, folder, left_out, samples,
+        ran = _run(asked, plans, folder, file, end_s)
+        left_out.update(ran.left_out)
+        rows = [_row(plan, repeats, ran.drive) for plan, repeats in ran.whole]
+        samples = _samples(plans, ran.repeats)
+        today = time_today(ran.resident if asked.baselines else [], rows, folder, left_out, samples,
                            threads=asked.threads)
-        broken = sum(r.stopped not in (None, NO_TIME) for r in found)
+        broken = sum(r.stopped not in (None, NO_TIME) for r in ran.repeats)
         summary, by_storage, verdicts, gates = judge(rows, broken=broken)
         result = Validation(
             mode="quick" if asked.quick else "full", device=load_device(device).name,
             date=datetime.datetime.now(datetime.UTC).date().isoformat(), took_s=time.monotonic() - begun,
             predictions_sha256=digest, rows=rows, summary=summary, by_storage=by_storage, cells=verdicts,
             steps=step_ratios(rows), gates=gates, baselines=today, left_out=left_out,
-            conditions={"rounds": len(whole[0][1].runs), "load_before": load, "calibrated": asked.device is None,
-                        "drive_settled_after_s": waited_s})
+            conditions={"rounds": len(ran.whole[0][1].runs), "load_before": ran.load_before,
+                        "calibrated": asked.device is None, "drive_settled_after_s": waited_s})
         if asked.record is not None:
-            _write_samples(asked.record, samples, drive)
+            _write_samples(asked.record, samples, ran.drive)
             write_text(asked.record / "validate.json", result.model_dump_json(by_alias=True, indent=1) + "\n")
         return result
+
+
+@dataclass(frozen=True)
+class _Ran:
+    """What running the plans brought."""
+
+    repeats: list[Repeats]
+    whole: list[tuple[_Plan, Repeats]]
+    """Those that were run in every round."""
+    left_out: dict[str, str]
+    resident: list[tuple[Candidate, Task, Path | None]]
+    """Plans without reads, and their weight files."""
+    drive: Drive
+    load_before: float
+
+
+def _run(asked: Ladder, plans: Sequence[_Plan], folder: Path, file: Path, end_s: float) -> _Ran:
+    """Run all plans in rounds, and look at the drive before each."""
+    ready = write_files([(p.task, How(storage=p.step.cell.storage, threads=asked.threads, say=_say)) for p in plans],
+                        folder)
+    read = next((how.file for _, how in ready if how.file is not None), file)
+    if read != file:  # laid out otherwise than was thought before the machine was known
+        settle(read, SETTLING_S[asked.quick], _say)
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else -1.0
+    drive = Drive(tuple(p.task for p in plans if p.step.cell.storage == "real"), read)
+
+    def begin(number: int) -> None:
+        _say(f"round {number + 1}: {len(plans)} plans, {max(end_s - time.monotonic(), 0):.0f} s left")
+        drive.look()
+
+    def keep(so_far: Sequence[Repeats]) -> None:
+        if asked.record is not None:
+            _write_samples(asked.record, _samples(plans, so_far), drive)
+
+    found = run_rounds(ready, Rounds(budget_s=end_s - time.monotonic(), extra=[p.step.extra for p in plans],
+                                     before=begin, after=keep))
+    left_out = {p.step.id: r.stopped for p, r in zip(plans, found, strict=True) if r.stopped is not None}
+    whole = [(p, r) for p, r in zip(plans, found, strict=True) if r.stopped is None]
+    if not whole:
+        raise MachineError(f"no plan could be run: {next(iter(left_out.values()))}")
+    resident = [(p.step.candidate, p.task, how.file) for p, (_, how) in zip(plans, ready, strict=True)
+                if p.step.candidate.policy.name == "resident"]
+    return _Ran(found, whole, left_out, resident, drive, load)
 
 
 # --- before -----------------------------------------------------------------------------------------

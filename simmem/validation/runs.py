@@ -117,7 +117,9 @@ def with_storage_of(device: Device, other: Device) -> Device:
     """A machine with another's drive: what a run on emulated storage is predicted for."""
     mine = next(name for name, link in device.link.items() if link.source == device.storage)
     theirs = next(link for link in other.link.values() if link.source == other.storage)
-    link = theirs.model_copy(update={"source": device.storage, "target": device.host})
+    # What waking readers takes is of a machine, not of a drive, and nobody is woken by storage that is emulated.
+    link = theirs.model_copy(update={"source": device.storage, "target": device.host, "batch_time": None,
+                                     "reader_time": None})
     return device.model_copy(update={
         "name": f"{device.name}+{other.name}", "title": f"{device.title}, with the storage of {other.title}",
         "link": {**device.link, mine: link}})

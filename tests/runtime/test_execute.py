@@ -17,7 +17,7 @@ from simmem.errors import MachineError, SpecError
 from simmem.planner.candidate import Candidate
 from simmem.planner.predict import timelines
 from simmem.policy.families.flash_window import FlashWindow
-from simmem.runtime.execute import staging
+from simmem.runtime.execute import drive, staging
 from simmem.runtime.execute.drive import DriveLooks, look, settle
 from simmem.runtime.execute.engine import Engine
 from simmem.runtime.execute.rounds import NO_TIME, Rounds, run_rounds, write_files
@@ -109,6 +109,39 @@ def test_streams_move_whole_blocks(model: Model, knobs: dict[str, Any], tmp_path
     stages = len(task_of(one, 6).layout.layers) + 1
     said = float(plan.schedule.timed_bytes["link.flash"][0])
     assert said <= run.counted.moved_bytes[0] < said + stages * BLOCK
+
+
+def test_an_op_waits_where_a_read_stands_before_it_and_nothing_beside(model: Model) -> None:
+    def waits(one: Candidate) -> dict[str, set[float]]:
+        s = one.policy.decode(one.context, one.block, np.arange(1))
+        found: dict[str, set[float]] = {}
+        for k, what in enumerate(s.classes):
+            if what.agent is not None and s.present[k].any():
+                found.setdefault(what.name, set()).update(s.waits[k].tolist())
+        return found
+
+    streamed = candidate(model, "stream", STREAM)
+    assert waits(streamed) == {"attention": {1.0}, "ffn": {0.0}, "head": {1.0}}
+    for ahead_or_whole in ({"prefetch_layers": 1}, {"resident_ratio": 1.0}):
+        found = waits(candidate(model, "stream", {**STREAM, **ahead_or_whole}))
+        assert found == {"attention": {0.0}, "ffn": {0.0}, "head": {0.0}}
+    kept, forgotten = waits(windowed(model)), waits(windowed(model, window_tokens=0))
+    assert (kept["upkeep"], kept["ffn"], kept["attention"]) == ({1.0}, {0.0}, {0.0})
+    assert forgotten["ffn"] == {1.0} and "upkeep" not in forgotten
+
+
+def test_a_layer_is_read_while_the_one_before_computes(model: Model, tmp_path: Path) -> None:
+    """With a buffer to spare a read begins when the one before it ends, not when what it brought was computed with."""
+    one = candidate(model, "stream", {**STREAM, "resident_ratio": 0.0, "prefetch_layers": 1},
+                    device=unified(rate=2e7, request_rate=2e7))
+    early = []
+    for line in run_of(one, tmp_path, storage="emulated").timelines:
+        s = line.schedule
+        named = {(s.classes[int(s.op_class[op])].name, int(s.op_layer[op])): op
+                 for op in np.flatnonzero(s.timed).tolist()}
+        early += [line.start_s[named["weights.flash", layer]] < line.end_s[named["ffn", layer - 1]]
+                  for layer in range(1, model.architecture.n_layers)]
+    assert all(early)
 
 
 @pytest.mark.parametrize("source", ["storage", "host"])
@@ -315,7 +348,7 @@ def test_a_plan_that_breaks_ends_alone_and_what_takes_too_long_is_dropped(
     assert len(seen) == 3
 
 
-def test_plain_reads_see_the_drive(model: Model, tmp_path: Path) -> None:
+def test_plain_reads_see_the_drive(model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     task = task_of(candidate(model, "stream", STREAM), 2)
     (_, how), = write_files([(task, How(source=RandomWeights("fp32", at_least_bytes=8 << 20)))], tmp_path)
     assert how.file is not None
@@ -324,8 +357,12 @@ def test_plain_reads_see_the_drive(model: Model, tmp_path: Path) -> None:
         look(how.file, [(4096, 4), (1 << 20, 1)], looks)
     assert looks.per_look((4096, 4))[1] > 0
     assert len(looks.seconds[1 << 20, 1]) == 2
-    settle(how.file, 0.1, said.append)
-    assert said == [] or "has not settled" in said[0]
+    settle(how.file, 0.1, said.append)  # one look takes longer, and four are needed
+    assert len(said) == 1 and "has not settled" in said[0]
+    monkeypatch.setattr(drive, "look", lambda _, reads, into: [into.seconds.setdefault(r, []).append([1e-3])
+                                                               for r in reads])
+    assert 0 < settle(how.file, 60.0, said.append) < 30
+    assert len(said) == 1
     with pytest.raises(MachineError, match="nowhere"):
         look(tmp_path / "nowhere", [(4096, 1)], looks)
 

@@ -16,7 +16,7 @@ from simmem.spec import library
 from simmem.spec.base import Kind
 from simmem.spec.device import load_device
 from simmem.spec.measurement import Measurements, load_measurements
-from tests.measurements import COPY_RATE, PEAKS, PRODUCT_RATE, SURFACE, measurements
+from tests.measurements import BATCH_S, COPY_RATE, PEAKS, PRODUCT_RATE, READER_S, SURFACE, WAKE_S, measurements
 
 TRUTH = {
     "memory.flash.capacity": 1e12, "memory.dram.capacity": 32e9, "memory.dram.reserved": 2e9, "link.flash.block": 4096,
@@ -26,6 +26,9 @@ TRUTH = {
     "link.flash.latency": SURFACE.latency_s, "link.flash.single_rate": SURFACE.single_rate,
     "link.flash.request_time": SURFACE.request_time_s, "link.flash.request_rate": SURFACE.request_rate,
     "link.flash.rate": SURFACE.rate, "link.flash.sustained_rate": 2.1e9,
+    "agent.cpu.kernel_overhead.attention-bf16": 20e-6, "agent.cpu.kernel_overhead.ffn-bf16": 9e-6,
+    "agent.cpu.kernel_overhead.head-bf16": 15e-6, "agent.cpu.wake_time": WAKE_S,
+    "link.flash.reader_time": READER_S, "link.flash.batch_time": BATCH_S,
 }
 
 

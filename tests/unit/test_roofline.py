@@ -19,6 +19,7 @@ from simmem.cost.roofline import (
 )
 from simmem.errors import SpecError
 from simmem.schedule import DemandClass, Durations, OpKind, Schedule, ScheduleBuilder
+from simmem.spec.base import Seconds
 from simmem.spec.device import Device
 from tests.strategies import devices
 
@@ -79,6 +80,43 @@ def test_a_step_constant_is_its_own_figure() -> None:
     assert took(step, {"agent.gpu.op_overhead": 3.0}, requests=1.0) == pytest.approx((1e-3, 0))
     assert took(step, {"agent.gpu.step_overhead": 3.0}, requests=1.0) == pytest.approx((3e-3, 0))
     assert took(DemandClass("meet", OpKind.SYNC, agent="cpu"), requests=2.0) == pytest.approx((20e-6, 0))
+
+
+def test_kernels_of_a_phase_and_the_first_op_behind_a_wait_cost_what_was_measured() -> None:
+    gpu = DEVICE.agent["gpu"].model_copy(update={
+        "kernel_overhead": {"ffn-fp16": Seconds.model_validate(fig("20 us"))},
+        "wake_time": Seconds.model_validate(fig("300 us"))})
+    measured = DEVICE.model_copy(update={"agent": {**DEVICE.agent, "gpu": gpu}})
+
+    def seconds(what: DemandClass, factors: dict[str, float] | None = None, **demand: Any) -> float:
+        return float(durations(one(what, **demand), measured, factors).occupancy_s[0, 0])
+
+    assert seconds(GPU, flop=4e11, requests=6.0) == pytest.approx(20e-3 + 120e-6)
+    assert seconds(GPU, flop=4e11, requests=6.0, waits=1.0) == pytest.approx(20e-3 + 420e-6)
+    assert seconds(GPU, {"agent.gpu.kernel_overhead.ffn-fp16": 2.0}, requests=6.0) == pytest.approx(240e-6)
+    assert seconds(GPU, {"agent.gpu.wake_time": 2.0}, requests=6.0, waits=1.0) == pytest.approx(720e-6)
+    other = DemandClass("attention", OpKind.COMPUTE, agent="gpu", precision="fp16")
+    assert seconds(other, requests=6.0) == pytest.approx(30e-6)
+
+
+def test_a_batch_of_reads_wakes_its_readers() -> None:
+    link = DEVICE.link["flash"].model_copy(update={"reader_time": Seconds.model_validate(fig("40 us")),
+                                                   "batch_time": Seconds.model_validate(fig("200 us"))})
+    measured = DEVICE.model_copy(update={"link": {**DEVICE.link, "flash": link}})
+
+    def seconds(n: float, size: float, depth: float) -> float:
+        found = durations(one(READ, requests=n, depth=depth, bytes={"link.flash": n * size}), measured)
+        assert float(found.latency_s[0, 0]) == pytest.approx(200e-6 * (n > 0))
+        return float(found.occupancy_s[0, 0] + found.latency_s[0, 0])
+
+    steady = 8 * float(storage_seconds_per_request(DEVICE.link["flash"], 4096, 8))
+    assert steady < 8 * 40e-6
+    assert seconds(8, 4096, 8) == pytest.approx(8 * 40e-6 + 200e-6)
+    assert seconds(8, 4096, 2) == pytest.approx(
+        8 * float(storage_seconds_per_request(DEVICE.link["flash"], 4096, 2)) + 200e-6)
+    assert seconds(8, 4 << 20, 8) == pytest.approx(
+        8 * float(storage_seconds_per_request(DEVICE.link["flash"], 4 << 20, 8)) + 200e-6)
+    assert seconds(0, 4096, 8) == 0
 
 
 def test_the_arithmetic_rate_is_that_of_the_precision_or_the_next_that_there_is() -> None:

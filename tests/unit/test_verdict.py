@@ -108,7 +108,7 @@ def test_steps_are_told_as_shares_of_naive_loading() -> None:
         (found,) = step_ratios(rows)
         assert (found.step, found.predicted, found.published, found.conclusive) == ("bundled", 0.25, published, True)
         assert (found.measured, found.error) == (pytest.approx(0.2), pytest.approx(0.25))
-        assert gates(rows)["share of the calibrated storage rate, naive loading"] == "fail", "half of it"
+        assert gates(rows)["storage rate of naive loading over that of plain reads"] == "fail", "half of it"
         gate = gates(rows).get("largest error of a published step's I/O ratio")
         assert gate == (None if published is None else "fail")
     noisy = [step("naive", 2.0, 4.0, "opt-6.7b", "inconclusive"), step("bundled", 0.5, 0.8, "opt-6.7b")]

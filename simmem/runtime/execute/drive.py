@@ -63,6 +63,8 @@ def settle(file: Path, limit_s: float, said: Callable[[str], None] = lambda _: N
     begun = time.monotonic()
     seen = DriveLooks()
     while True:
+        if file.stat().st_size < 2 * _SETTLING[0]:
+            return 0.0
         look(file, [_SETTLING], seen)
         last = seen.per_look(_SETTLING)[-_SETTLED_AFTER:]
         took = time.monotonic() - begun

@@ -31,6 +31,7 @@ LEAST_RATIO = 3.0
 SPIN_S = 100e-6
 """The last stretch of a wait is not slept: a sleeping thread wakes so late. [s]"""
 TRIAL_BYTES = 64 << 20
+_ATTEMPTS = 3
 
 
 class _HeldBack(Ticket):
@@ -65,7 +66,10 @@ class EmulatedStore:
 
     def __init__(self, link: Link, depth: int, image: Bytes, read_bytes: int) -> None:
         self._link, self._depth, self._image = link, depth, image
-        self.copy_bytes_per_s = _copy_rate(_rows(image, read_bytes))
+        self.copy_bytes_per_s = 0.0
+        for _ in range(_ATTEMPTS):  # a disturbed moment is not what memory can
+            if self.copy_bytes_per_s < LEAST_RATIO * link.rate.value:
+                self.copy_bytes_per_s = max(self.copy_bytes_per_s, _copy_rate(_rows(image, read_bytes)))
         if self.copy_bytes_per_s < LEAST_RATIO * link.rate.value:
             have, want = (format_quantity(rate, "bytes_per_s") for rate in (self.copy_bytes_per_s, link.rate.value))
             raise MachineError(f"copies {have} of scattered reads, less than {LEAST_RATIO:g} times the {want} of the "

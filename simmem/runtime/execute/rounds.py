@@ -19,7 +19,7 @@ from simmem.errors import MachineError
 from simmem.runtime.execute.layout import Layout
 from simmem.runtime.execute.session import How, Run, open_session
 from simmem.runtime.execute.task import Task
-from simmem.runtime.execute.weights import RandomWeights, Source, weight_file
+from simmem.runtime.execute.weights import RandomWeights, Source, is_written, weight_file
 from simmem.units import format_quantity
 
 __all__ = ["LEAST_ROUNDS", "NO_TIME", "Repeats", "Rounds", "run_rounds", "write_files",
@@ -82,14 +82,16 @@ def write_files(tasks: Sequence[tuple[Task, How]], folder: Path) -> list[tuple[T
             size = source.size_bytes(task.layout)
             needed[how.file] = size + 8 * (size // task.layout.block_bytes)
         found.append((task, how))
-    needed = {file: size for file, size in needed.items() if not file.exists()}
+    absent = {how.file for task, how in found if how.file is not None and how.source is not None
+              and not is_written(how.file, task.layout, how.source)}
+    needed = {file: size for file, size in needed.items() if file in absent}
     total, free = sum(needed.values()), shutil.disk_usage(folder).free
     if total > free:
         raise MachineError(f"the weight files take {format_quantity(total, 'bytes')}, "
                            f"{format_quantity(free, 'bytes')} are free", file=str(folder), tier="storage",
                            missing_bytes=float(total - free))
     for task, how in found:
-        if how.file is not None and not how.file.exists():
+        if how.file in absent and how.file is not None:
             assert how.source is not None
             with weight_file(task.layout, how.source, file=how.file, say=how.say):
                 pass

@@ -29,7 +29,7 @@ from simmem.units import format_quantity
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["NetworkWeights", "RandomWeights", "Source", "WeightCheck", "WeightFile", "block_sums",
+__all__ = ["NetworkWeights", "RandomWeights", "Source", "WeightCheck", "WeightFile", "block_sums", "is_written",
            "random_weights", "weight_file"]
 
 Bytes = NDArray[np.uint8]
@@ -223,7 +223,7 @@ def weight_file(layout: Layout, source: Source, *, file: Path | None = None, scr
         `file` or `scratch` cannot be what they should.
     """
     if file is not None:
-        if not _is_there(file, layout, source):
+        if not is_written(file, layout, source):
             _write(file, layout, source, say)
         with _opened(file, layout, source, check) as found:
             yield found
@@ -261,10 +261,11 @@ def _index(path: Path) -> dict[str, Any] | None:
         return None
     whole = isinstance(found, dict) and found.get("schema") == "simmem.weights/2" \
         and isinstance(found.get("data_bytes"), int) and found["data_bytes"] >= 0
-    return found if whole else None
+    # What is looked up behind the data has to lie inside the file.
+    return found if whole and found["data_bytes"] <= path.stat().st_size else None
 
 
-def _is_there(path: Path, layout: Layout, source: Source) -> bool:
+def is_written(path: Path, layout: Layout, source: Source) -> bool:
     """Is it a file that was written for this layout and source? Raises SpecError where it is some other file."""
     if not path.exists():
         return False

@@ -106,11 +106,10 @@ def sustained_cases(scratch: Scratch) -> list[Case]:
 def read_seconds(scratch: Scratch, size: int, depth: int, *, samples: int = 5, pattern: str = "random") -> list[float]:
     """Seconds per direct read in a steady stream of them, one for each sample of some 30 ms. [s]
 
-    size : of a read, whole blocks; a larger one than half of the file is taken as that. [B]
+    size : of a read, whole blocks; no more than half of the file. [B]
 
     Raises OSError where reading fails.
     """
-    size = min(size, scratch.size_bytes // 2 // BLOCK_BYTES * BLOCK_BYTES)
     with _stream(scratch, "direct", pattern, size, depth, _SAMPLE_S) as run:
         run()  # until the stream is steady
         return [seconds for _ in range(samples) if (seconds := run()) is not None]
