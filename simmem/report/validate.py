@@ -145,20 +145,24 @@ def validate_machine(asked: Ladder) -> Validation:
         left_out.update(ran.left_out)
         rows = [_row(plan, repeats, ran.drive) for plan, repeats in ran.whole]
         samples = _samples(plans, ran.repeats)
-        today = time_today(ran.resident if asked.baselines else [], rows, folder, left_out, samples,
-                           threads=asked.threads)
         broken = sum(r.stopped not in (None, NO_TIME) for r in ran.repeats)
         summary, by_storage, verdicts, gates = judge(rows, broken=broken)
         result = Validation(
             mode="quick" if asked.quick else "full", device=load_device(device).name,
             date=datetime.datetime.now(datetime.UTC).date().isoformat(), took_s=time.monotonic() - begun,
             predictions_sha256=digest, rows=rows, summary=summary, by_storage=by_storage, cells=verdicts,
-            steps=step_ratios(rows), gates=gates, baselines=today, left_out=left_out,
+            steps=step_ratios(rows), gates=gates, baselines=[], left_out=left_out,
             conditions={"rounds": len(ran.whole[0][1].runs), "load_before": ran.load_before,
                         "calibrated": asked.device is None, "drive_settled_after_s": waited_s})
-        if asked.record is not None:
-            _write_samples(asked.record, samples, ran.drive)
-            write_text(asked.record / "validate.json", result.model_dump_json(by_alias=True, indent=1) + "\n")
+        if asked.record is not None:  # what users run today may take long, and be interrupted
+            _write_result(asked.record, result)
+        if asked.baselines:
+            today = time_today(ran.resident, rows, folder, left_out, samples, threads=asked.threads)
+            result = result.model_copy(update={"baselines": today, "left_out": left_out,
+                                               "took_s": time.monotonic() - begun})
+            if asked.record is not None:
+                _write_samples(asked.record, samples, ran.drive)
+                _write_result(asked.record, result)
         return result
 
 
@@ -355,6 +359,10 @@ def _write_samples(folder: Path, samples: Mapping[str, Any], drive: Drive) -> No
         "unit": "s, one list of tokens a round", **samples,
         "plain reads, s": [{"size_bytes": size, "depth": depth, "rounds": looks}
                            for (size, depth), looks in drive.looks.seconds.items()]}) + "\n")
+
+
+def _write_result(folder: Path, result: Validation) -> None:
+    write_text(folder / "validate.json", result.model_dump_json(by_alias=True, indent=1) + "\n")
 
 
 def _say(line: str) -> None:
