@@ -19,6 +19,7 @@ from simmem.cost.figures import (
     of,
     rate_figure,
     rate_of,
+    reaching,
     reference,
     said,
     share_figure,
@@ -42,6 +43,7 @@ _ANY = ("fp32", "bf16")
 _LARGE_BYTES = 4 << 20
 """Products of smaller matrices take about as long as their call."""
 _FEW_CALLS = 15
+"""With as many samples two modes can be told at all (`simmem.cost.noise`)."""
 _LARGE_SHARE = 0.1
 """A product of less than this share of what the largest computes is not a large one."""
 
@@ -182,8 +184,8 @@ def _memory(trusted: Sequence[Judged], judged: Sequence[Judged], agent: str, mem
     found = []
     if best:
         top = max(best, key=surely)
-        found.append(_as_visited(rate_figure(f"memory.{memory}.rate", top, f"{top[0].probe} with {threads(top[0])}"),
-                                 top, judged, agent))
+        found.append(reaching(rate_figure(f"memory.{memory}.rate", top, f"{top[0].probe} with {threads(top[0])}"),
+                              _visits(top, judged, agent)))
     products = reference([one for one in of(trusted, "gemv", agent) if one[0].conditions.get("level") == "dram"])
     large = [one for one in products if one[0].bytes >= _LARGE_BYTES] or products
     if large:
@@ -196,21 +198,13 @@ def _memory(trusted: Sequence[Judged], judged: Sequence[Judged], agent: str, mem
     return found
 
 
-def _as_visited(figure: MeasuredFigure, top: Judged, judged: Sequence[Judged], agent: str) -> MeasuredFigure:
-    """The range of a memory's rate as far as any visit went, with as many threads, and what ran without pause.
-
-    Few long sweeps fit into a run, and what neighbours leave of a memory that others share changes over minutes, so
-    that the quantiles of one figure's own few visits know less than all of them.
-    """
-    reached = [p.bytes / seconds for probe in ("memory-read", "memory-copy", "memory-sustained")
-               for p, j in of(judged, probe, agent)
-               if (p.conditions.get("level"), p.conditions.get("threads")) == ("dram", top[0].conditions.get("threads"))
-               for seconds in ((j.p10_s, j.p90_s) if probe == "memory-sustained" else
-                               run_medians(p.samples_s, p.at_s, p.runs)[0].tolist())]
-    low, high = min([figure.low, *reached]), max([figure.high, *reached])
-    if (low, high) == (figure.low, figure.high):
-        return figure
-    return replace(figure, low=low, high=high, what=f"{figure.what}; the range is what all visits reached")
+def _visits(top: Judged, judged: Sequence[Judged], agent: str) -> list[float]:
+    """Rates of all visits to the memory with as many threads, and what ran without pause. [B/s]"""
+    return [p.bytes / seconds for probe in ("memory-read", "memory-copy", "memory-sustained")
+            for p, j in of(judged, probe, agent)
+            if (p.conditions.get("level"), p.conditions.get("threads")) == ("dram", top[0].conditions.get("threads"))
+            for seconds in ((j.p10_s, j.p90_s) if probe == "memory-sustained" else
+                            run_medians(p.samples_s, p.at_s, p.runs)[0].tolist())]
 
 
 def _with_doubt(figure: MeasuredFigure, doubted: Sequence[Judged], values: Mapping[str, float]) -> MeasuredFigure:

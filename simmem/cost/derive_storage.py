@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 from numpy.typing import NDArray
 
-from simmem.cost.figures import Judged, MeasuredFigure, rate_figure, rate_of, said, surely
+from simmem.cost.figures import Judged, MeasuredFigure, rate_figure, rate_of, reaching, said, surely
 from simmem.cost.noise import TOO_NOISY, Judgement, run_medians
 from simmem.cost.surface import ReadPoint, SurfaceFit, fit_surface
 from simmem.spec.base import Kind
@@ -25,6 +25,7 @@ _COMMON_SIZES, _COMMON_DEPTHS = (4096, 1 << 16, 1 << 20, 1 << 24), (1, 4, 32)
 _BEND_KNOWN = 1.0
 """How the surface bends is measured where refits differ by less than this share of it."""
 _FEW_BATCHES, _NOTHING_S = 5, 1e-7
+"""Two figures and a fit without each batch in turn ask for more than four; a tenth of a microsecond is none. [s]"""
 _SETTLED = 0.5
 """The later half of a sustained run is what lasts."""
 
@@ -57,7 +58,7 @@ def storage_figures(trusted: Sequence[Judged], judged: Sequence[Judged], notes: 
     large = _common([one for one in direct if one[0].bytes >= _LARGE_READ_BYTES]) or direct
     top = max(large, key=surely)
     fastest = rate_figure("link.flash.rate", top, f"fastest of {len(large)} large {how} reads: {said(top[0])}")
-    rate = _as_visited(fastest, large, top)
+    rate = reaching(fastest, _visits(large, top))
     found.append(rate)
     decline = 0.02 if _declines(random) else 1.0
 
@@ -97,8 +98,8 @@ def storage_figures(trusted: Sequence[Judged], judged: Sequence[Judged], notes: 
     found += _batch(judged, fit)
     lasting = next((one for one in trusted if one[0].probe == "storage-sustained"), None)
     if lasting is not None:
-        found.append(_as_visited(rate_figure("link.flash.sustained_rate", lasting, "the later half of reads without "
-                                             f"pause, {said(lasting[0])}"), large, lasting))
+        found.append(reaching(rate_figure("link.flash.sustained_rate", lasting, "the later half of reads without "
+                                          f"pause, {said(lasting[0])}"), _visits(large, lasting)))
     return found, _held_out(random, fitted, fit)
 
 
@@ -139,18 +140,10 @@ def _batch(reads: Sequence[Judged], fit: SurfaceFit) -> list[MeasuredFigure]:
             if value > _NOTHING_S]
 
 
-def _as_visited(figure: MeasuredFigure, large: Sequence[Judged], top: Judged) -> MeasuredFigure:
-    """The range of a rate as far as any visit to large reads went, with as many in flight or more.
-
-    What a drive gives changes over minutes with what its neighbours and its own housekeeping take: the samples of one
-    case, or of one stretch, do not know that; the visits of all such cases, spread over the run, do.
-    """
-    reached = [p.bytes / seconds for p, _ in large if float(p.conditions["depth"]) >= float(top[0].conditions["depth"])
-               for seconds in run_medians(p.samples_s, p.at_s, p.runs)[0].tolist()]
-    low, high = min([figure.low, *reached]), max([figure.high, *reached])
-    if (low, high) == (figure.low, figure.high):
-        return figure
-    return replace(figure, low=low, high=high, what=f"{figure.what}; the range is what all visits reached")
+def _visits(large: Sequence[Judged], top: Judged) -> list[float]:
+    """Rates of all visits to large reads with as many in flight or more. [B/s]"""
+    return [p.bytes / seconds for p, _ in large if float(p.conditions["depth"]) >= float(top[0].conditions["depth"])
+            for seconds in run_medians(p.samples_s, p.at_s, p.runs)[0].tolist()]
 
 
 def settled(point: Measurement) -> Measurement:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from numpy.typing import NDArray
@@ -13,7 +13,7 @@ from simmem.cost.noise import Judgement
 from simmem.spec.base import Kind
 from simmem.spec.measurement import Measurement
 
-__all__ = ["Judged", "MeasuredFigure", "of", "rate_figure", "rate_of", "reference", "said", "share_figure",
+__all__ = ["Judged", "MeasuredFigure", "of", "rate_figure", "rate_of", "reaching", "reference", "said", "share_figure",
            "sum_figure", "surely", "threads", "top_figure"]
 
 Judged = tuple[Measurement, Judgement]
@@ -67,6 +67,15 @@ def rate_figure(key: str, one: Judged, what: str) -> MeasuredFigure:
     p, j = one
     return MeasuredFigure(key, p.bytes / j.median_s, p.bytes / j.high_s, p.bytes / j.low_s, Kind.MEASURED, what, j.n,
                           j.noise_floor, j.drift if j.drifts else None)
+
+
+def reaching(figure: MeasuredFigure, reached: Sequence[float]) -> MeasuredFigure:
+    """The figure, its range as far as visits went: what neighbours leave of a machine changes over minutes, and the few
+    visits to one case know less of that than all visits to its like."""
+    low, high = min([figure.low, *reached]), max([figure.high, *reached])
+    if (low, high) == (figure.low, figure.high):
+        return figure
+    return replace(figure, low=low, high=high, what=f"{figure.what}; the range is what all visits reached")
 
 
 def threads(point: Measurement) -> str:

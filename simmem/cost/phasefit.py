@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from simmem.errors import CalibrationError
+from simmem.errors import CalibrationError, MachineError
 from simmem.spec.base import Frozen
 from simmem.spec.costmodel import LARGEST_FACTOR, PhaseFactor, PhaseName
 
@@ -33,8 +33,6 @@ LEAST_CELLS = 3
 """Of fewer, policies are held out instead."""
 LEAST_GAIN = 0.1
 """A correction that takes away less than this share of the error is not worth a constant."""
-T_95 = (6.314, 2.920, 2.353, 2.132, 2.015, 1.943, 1.895, 1.860, 1.833, 1.812)
-"""95 % quantile of Student's t for 1 to 10 degrees of freedom; for more that of 10, which asks for a little more."""
 _ENOUGH = 1e-9
 
 
@@ -115,7 +113,8 @@ class _Rows:
 def learn_phases(runs: Sequence[RunPhases]) -> Learnt:
     """Learn and judge a factor for every phase of some runs.
 
-    Raises CalibrationError where there is nothing to learn from, or no second group to judge by.
+    Raises CalibrationError where there is nothing to learn from, or no second group to judge by; MachineError without
+    scipy.
     """
     by, groups, of_row = _groups(runs)
     judged = {kind: _judge(kind, rows, runs) for kind, rows in _by_kind(runs, of_row).items()}
@@ -146,6 +145,15 @@ def composed(old: Iterable[PhaseFactor], learnt: Iterable[PhaseFactor]) -> tuple
             "factor": factor, "low": before.factor * new.low, "high": before.factor * new.high,
             "spent": (*before.spent, *new.spent)})
     return tuple(found.values())
+
+
+def _t_95(freedom: int) -> float:
+    """95 % quantile of Student's t."""
+    try:
+        from scipy.stats import t
+    except ImportError:
+        raise MachineError('learning from runs needs scipy; install with: pip install "simmem[fit]"') from None
+    return float(t.ppf(0.95, freedom))
 
 
 # --- rows -----------------------------------------------------------------------------------------------------------
@@ -230,7 +238,7 @@ def _judge(kind: PhaseKind, rows: _Rows, runs: Sequence[RunPhases]
     gains = np.array([np.average((before - after)[rows.group == g], weights=rows.weight[rows.group == g])
                       for g in groups])
     wide = _half_width(rows.log - rows.held, rows.weight)
-    chance = T_95[min(len(groups) - 1, len(T_95)) - 1] * float(gains.std(ddof=1)) / math.sqrt(len(groups))
+    chance = _t_95(len(groups) - 1) * float(gains.std(ddof=1)) / math.sqrt(len(groups))
     why = "the error of held-out plans falls by more than chance"
     kept = False
     if not abs(middle) <= math.log(LARGEST_FACTOR):

@@ -83,7 +83,7 @@ def _compute_s(schedule: Schedule, index: int, what: DemandClass, device: Device
     constant = "step_overhead" if what.kind is OpKind.SYNC and agent.step_overhead else "op_overhead"
     overhead = getattr(agent, constant).value * _factor(factors, f"agent.{name}.{constant}")
     kernel = f"{what.name}-{agent.computes_as(what.precision)}"
-    measured = agent.kernel_overhead.get(kernel)  # type: ignore[call-overload]
+    measured = agent.kernel_overhead.get(kernel)
     if measured is not None:
         overhead = measured.value * _factor(factors, f"agent.{name}.kernel_overhead.{kernel}")
     beside: Array | float = 0.0

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 
 from simmem.errors import MachineError
 
-__all__ = ["Reader", "Reads", "Rotating", "Store", "Ticket", "in_chunks", "open_direct", "page_buffer", "reads"]
+__all__ = ["Reader", "Reads", "Store", "Ticket", "in_chunks", "open_direct", "page_buffer", "reads"]
 
 Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
@@ -132,36 +132,6 @@ class Store(Protocol):
 
     def close(self) -> None:
         """Drop what has not begun, wait for what has, end all threads."""
-
-
-class Rotating:
-    """A store whose reads wander through the whole file: each batch lies behind the one before.
-
-    For contents that do not matter. A plan that streams the same stretch for every token is otherwise served by a cache
-    that may lie between here and the drive (a host's, that no guest sees), and a plan that streams all of it is not.
-
-    Parameters
-    ----------
-    store : that reads; the caller closes it.
-    size_bytes : of the file, from its start. [B]
-    block_bytes : that reads begin on. [B]
-    """
-
-    def __init__(self, store: Store, size_bytes: int, block_bytes: int) -> None:
-        self._store, self._size, self._block = store, size_bytes // block_bytes * block_bytes, block_bytes
-        self._shift = 0
-
-    def submit(self, asked: Reads) -> Ticket:
-        if not len(asked.offsets):
-            return self._store.submit(asked)
-        room = self._size - int(asked.sizes.max())
-        places = room // self._block + 1
-        offsets = (asked.offsets // self._block + self._shift // self._block) % places * self._block
-        self._shift += -(-asked.n_bytes // self._block) * self._block
-        return self._store.submit(asked._replace(offsets=offsets))
-
-    def close(self) -> None:
-        self._store.close()
 
 
 class Reader:

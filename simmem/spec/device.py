@@ -8,7 +8,7 @@ draw; it bounds the sum and is what the event engine shares out.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 __all__ = ["Agent", "Device", "Engine", "Interference", "Link", "Memory", "load_device"]
 
 
-KernelKey = Literal["attention-fp32", "attention-bf16", "attention-fp16", "ffn-fp32", "ffn-bf16", "ffn-fp16",
-                    "head-fp32", "head-bf16", "head-fp16"]
+KernelKey = Annotated[str, Field(pattern=r"^(attention|ffn|head)-(fp32|bf16|fp16)$")]
+"""Phase and the precision it is computed in."""
 
 
 class Memory(Frozen):

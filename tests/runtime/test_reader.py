@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from simmem.errors import MachineError
-from simmem.runtime.reader import Reader, Rotating, in_chunks, open_direct, page_buffer, reads
+from simmem.runtime.reader import Reader, in_chunks, open_direct, page_buffer, reads
 
 BLOCK, N_BLOCKS = 4096, 300
 
@@ -49,23 +49,6 @@ def test_every_read_brings_its_bytes(path: Path, depth: int) -> None:
             assert 0 < ticket.start_s <= ticket.free_s
         empty = reader.submit(reads(np.zeros(0, np.int64), np.zeros(0, np.int64), page_buffer(0)))
         empty.wait()
-
-
-def test_reads_that_wander_stay_inside_and_reach_everything(path: Path) -> None:
-    content, seen = path.read_bytes(), set[int]()
-    with open_direct(path) as fd, Reader(fd, str(path), 3) as reader:
-        store = Rotating(reader, BLOCK * N_BLOCKS, BLOCK)
-        for _ in range(200):
-            buffer = page_buffer(7 * BLOCK)
-            ticket = store.submit(in_chunks(20 * BLOCK, 7 * BLOCK, 3 * BLOCK, buffer))
-            ticket.wait()
-            asked = ticket.asked
-            assert asked.n_bytes == 7 * BLOCK and (asked.offsets % BLOCK == 0).all()
-            assert ((asked.offsets + asked.sizes) <= BLOCK * N_BLOCKS).all()
-            for offset, size, place in zip(asked.offsets, asked.sizes, asked.places, strict=True):
-                assert buffer[place:place + size].tobytes() == content[offset:offset + size]
-                seen |= set(range(offset // BLOCK, (offset + size) // BLOCK))
-    assert len(seen) >= N_BLOCKS - 3  # a shorter read may end before the last blocks
 
 
 def test_a_stretch_is_cut_into_chunks() -> None:

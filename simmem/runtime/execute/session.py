@@ -27,7 +27,7 @@ from simmem.runtime.execute.staging import check_memory
 from simmem.runtime.execute.task import Task
 from simmem.runtime.execute.weights import RandomWeights, Source, WeightFile, random_weights, weight_file
 from simmem.runtime.models import machine_failures, require
-from simmem.runtime.reader import Reader, Rotating, Store
+from simmem.runtime.reader import Reader, Store
 from simmem.sim.timeline import Timeline
 
 if TYPE_CHECKING:
@@ -209,8 +209,6 @@ def open_session(task: Task, how: How) -> Iterator[Session]:
             weights = stack.enter_context(weight_file(task.layout, source, file=how.file, scratch=how.scratch,
                                                       check=how.check, say=how.say))
             store = stack.enter_context(Reader(weights.fd, weights.name, task.depth))
-            if isinstance(source, RandomWeights) and not how.check:
-                store = Rotating(store, source.size_bytes(task.layout), task.layout.block_bytes)
         memory = Memory(task, store, device, apart=apart,
                         check=weights.check if weights is not None and how.check else None)
         yield Session(task, how, store, memory, device, weights)

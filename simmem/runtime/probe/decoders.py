@@ -10,6 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 from simmem.policy.layer_kinds import AROUND_KERNELS, FFN_KERNELS
@@ -42,7 +43,7 @@ def cases(setting: Setting) -> list[Case]:
         kernels["layer"] = kernels["attention"] + kernels["ffn"]
         for dtype in setting.dtypes or ("fp32", "bf16"):
             for op, n in kernels.items():
-                setup, refuse = watched(setting.threads, lambda s=small, d=dtype, o=op: _ops(s, d)[o])  # type: ignore[misc]
+                setup, refuse = watched(setting.threads, partial(_op, small, dtype, op))
                 found.append(_case(setting, name, dtype, op, n, 0.0, setup, refuse))
             found += [_case(setting, name, dtype, "layer", kernels["layer"], pause_s,
                             _paused(setting, small, dtype, pause_s), None) for pause_s in PAUSES_S]
@@ -60,7 +61,7 @@ def _paused(setting: Setting, small: Architecture, dtype: str, pause_s: float
     @contextmanager
     def setup() -> Iterator[Run]:
         with torch_threads(setting.threads):
-            step = _ops(small, dtype)["layer"]
+            step = _op(small, dtype, "layer")
 
             def run() -> float:
                 time.sleep(pause_s)
@@ -71,6 +72,10 @@ def _paused(setting: Setting, small: Architecture, dtype: str, pause_s: float
             yield run
 
     return setup
+
+
+def _op(a: Architecture, dtype: str, op: str) -> Callable[[], object]:
+    return _ops(a, dtype)[op]
 
 
 def _ops(a: Architecture, dtype: str) -> dict[str, Callable[[], object]]:
