@@ -33,6 +33,9 @@ __all__ = ["Reader", "Reads", "Store", "Ticket", "in_chunks", "open_direct", "pa
 Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
 
+HUGE_PAGE_BYTES = 2 << 20
+"""Of x86 and of ARM with pages of 4 KiB. [B]"""
+
 
 class Reads(NamedTuple):
     """Reads that belong together: offsets in the file, sizes, and where in `buffer` each goes. [B]"""
@@ -59,10 +62,22 @@ def in_chunks(offset: int, n_bytes: int, chunk_bytes: int, buffer: Bytes) -> Rea
 
 
 def page_buffer(n_bytes: int) -> Bytes:
-    """Zeroed memory that begins on a page; its pages are touched, so that no read pays for that. [B]"""
-    page = mmap.PAGESIZE
-    memory = mmap.mmap(-1, max(-(-n_bytes // page) * page, page))
-    found = np.frombuffer(memory, np.uint8)[:n_bytes]  # keeps the mapping alive
+    """Zeroed memory that begins on a page; its pages are touched, so that no read pays for that. [B]
+
+    It lies in huge pages as far as it fills whole ones and the system has them. A direct read names every page it
+    fills: small ones, scattered as the system happens to have them, cut a read of 4 MiB into many requests, and the
+    same virtual drive then gave between 1.0 and 1.8 GB/s, by batch, where it gives 2.0 to 2.6 into huge ones.
+    """
+    page, advice = mmap.PAGESIZE, getattr(mmap, "MADV_HUGEPAGE", 0)
+    huge = n_bytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES if advice else 0
+    memory = mmap.mmap(-1, max(-(-n_bytes // page) * page, page) + (HUGE_PAGE_BYTES if huge else 0))
+    found = np.frombuffer(memory, np.uint8)  # keeps the mapping alive
+    if huge:
+        start = -found.ctypes.data % HUGE_PAGE_BYTES
+        with contextlib.suppress(OSError):  # a system without them
+            memory.madvise(advice, start, huge)
+        found = found[start:]
+    found = found[:n_bytes]
     found[::page] = 0
     return found
 

@@ -9,7 +9,6 @@ had the cores says nothing about either, and is refused.
 
 from __future__ import annotations
 
-import mmap
 import os
 import threading
 import time
@@ -24,6 +23,7 @@ from simmem.runtime.probe.base import ALWAYS, Case, Run, Setting
 from simmem.runtime.probe.load import Load
 from simmem.runtime.probe.matmul import ELEMENT_BYTES, Pool
 from simmem.runtime.probe.shapes import Shape
+from simmem.runtime.reader import page_buffer
 from simmem.spec.measurement import Condition
 
 __all__ = ["INTERFERENCE", "Background", "cases"]
@@ -220,15 +220,15 @@ def _reads(setting: Setting, size: int) -> Work:
     def prepared() -> Iterator[Callable[[], object]]:
         assert fd is not None  # asked for only where there is one
         random = np.random.default_rng()
-        with mmap.mmap(-1, size) as buffer, memoryview(buffer) as view:
-            offsets = (random.integers(0, slots, 1 << 12) * size).tolist()
-            at = 0
+        view = page_buffer(size).data
+        offsets = (random.integers(0, slots, 1 << 12) * size).tolist()
+        at = 0
 
-            def once() -> None:
-                nonlocal at
-                os.preadv(fd, [view], offsets[at])
-                at = (at + 1) % len(offsets)
+        def once() -> None:
+            nonlocal at
+            os.preadv(fd, [view], offsets[at])
+            at = (at + 1) % len(offsets)
 
-            yield once
+        yield once
 
     return prepared

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
+from numpy.typing import NDArray
 
 from simmem.runtime.probe.base import ALWAYS, Case, NotHereError, Run
 from simmem.runtime.probe.scratch import BLOCK_BYTES, Scratch
@@ -164,27 +165,26 @@ def _stream(scratch: Scratch, how: str, pattern: str, size: int, depth: int, sam
     failures: list[OSError] = []
     stop = threading.Event()
 
-    def work() -> None:
-        nonlocal position
-        with mmap.mmap(-1, max(size, BLOCK_BYTES)) as buffer:
-            into = [memoryview(buffer)[:size]]
-            now, read, done, stopped = time.perf_counter, os.preadv, finished.append, stop.is_set
-            try:
-                while not stopped():
-                    offset = next(position, None)
-                    if offset is None:
-                        if once:
-                            scratch.forget()
-                        position = iter(offsets)
-                        continue
-                    read(fd, into, offset)
-                    done(now())
-            except OSError as error:
-                failures.append(error)
-            finally:
-                into[0].release()
+    room = page_buffer(depth * max(size, BLOCK_BYTES)).reshape(depth, -1)  # side by side, as whoever runs a plan reads
 
-    threads = [threading.Thread(target=work, daemon=True) for _ in range(depth)]
+    def work(buffer: NDArray[np.uint8]) -> None:
+        nonlocal position
+        into = [buffer.data[:size]]
+        now, read, done, stopped = time.perf_counter, os.preadv, finished.append, stop.is_set
+        try:
+            while not stopped():
+                offset = next(position, None)
+                if offset is None:
+                    if once:
+                        scratch.forget()
+                    position = iter(offsets)
+                    continue
+                read(fd, into, offset)
+                done(now())
+        except OSError as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(room[index],), daemon=True) for index in range(depth)]
 
     def run() -> float:
         begun = len(finished)
