@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import mmap
 import os
 import queue
 import sys
@@ -28,13 +27,10 @@ from numpy.typing import NDArray
 
 from simmem.errors import MachineError
 
-__all__ = ["Reader", "Reads", "Store", "Ticket", "in_chunks", "open_direct", "page_buffer", "reads"]
+__all__ = ["Reader", "Reads", "Store", "Ticket", "in_chunks", "open_direct", "reads"]
 
 Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
-
-HUGE_PAGE_BYTES = 2 << 20
-"""Of x86 and of ARM with pages of 4 KiB. [B]"""
 
 
 class Reads(NamedTuple):
@@ -59,27 +55,6 @@ def in_chunks(offset: int, n_bytes: int, chunk_bytes: int, buffer: Bytes) -> Rea
     """Reads of a stretch of the file in chunks, the last of which may be shorter. [B]"""
     starts = np.arange(0, n_bytes, chunk_bytes, dtype=np.int64)
     return Reads(offset + starts, np.minimum(chunk_bytes, n_bytes - starts), starts, buffer)
-
-
-def page_buffer(n_bytes: int) -> Bytes:
-    """Zeroed memory that begins on a page; its pages are touched, so that no read pays for that. [B]
-
-    It lies in huge pages as far as it fills whole ones and the system has them. A direct read names every page it
-    fills: small ones, scattered as the system happens to have them, cut a read of 4 MiB into many requests, and the
-    same virtual drive then gave between 1.0 and 1.8 GB/s, by batch, where it gives 2.0 to 2.6 into huge ones.
-    """
-    page, advice = mmap.PAGESIZE, getattr(mmap, "MADV_HUGEPAGE", 0)
-    huge = n_bytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES if advice else 0
-    memory = mmap.mmap(-1, max(-(-n_bytes // page) * page, page) + (HUGE_PAGE_BYTES if huge else 0))
-    found = np.frombuffer(memory, np.uint8)  # keeps the mapping alive
-    if huge:
-        start = -found.ctypes.data % HUGE_PAGE_BYTES
-        with contextlib.suppress(OSError):  # a system without them
-            memory.madvise(advice, start, huge)
-        found = found[start:]
-    found = found[:n_bytes]
-    found[::page] = 0
-    return found
 
 
 @contextlib.contextmanager

@@ -19,9 +19,10 @@ from contextlib import AbstractContextManager, contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
+from simmem.runtime.landing import read_buffer
 from simmem.runtime.probe.base import ALWAYS, Case, NotHereError, Run
 from simmem.runtime.probe.scratch import BLOCK_BYTES, Scratch
-from simmem.runtime.reader import Reader, page_buffer, reads
+from simmem.runtime.reader import Reader, reads
 from simmem.spec.measurement import Condition, Measurement
 
 __all__ = ["BATCH", "CALL", "READ", "SUSTAINED", "batch_cases", "cases", "guard", "read_seconds", "sustained_cases"]
@@ -82,7 +83,7 @@ def _batch(scratch: Scratch, size: int, n: int) -> Callable[[], AbstractContextM
     @contextmanager
     def setup() -> Iterator[Run]:
         assert scratch.direct_fd is not None
-        random, buffer = np.random.default_rng(), page_buffer(size * n)
+        random, buffer = np.random.default_rng(), read_buffer(size * n)
         sizes = np.full(n, size, np.int64)
         with Reader(scratch.direct_fd, "the scratch file", n) as reader:
             def run() -> float:
@@ -165,7 +166,7 @@ def _stream(scratch: Scratch, how: str, pattern: str, size: int, depth: int, sam
     failures: list[OSError] = []
     stop = threading.Event()
 
-    room = page_buffer(depth * max(size, BLOCK_BYTES)).reshape(depth, -1)  # side by side, as whoever runs a plan reads
+    room = read_buffer(depth * max(size, BLOCK_BYTES)).reshape(depth, -1)  # side by side, as whoever runs a plan reads
 
     def work(buffer: NDArray[np.uint8]) -> None:
         nonlocal position
