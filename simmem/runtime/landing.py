@@ -33,12 +33,15 @@ def page_buffer(n_bytes: int) -> Bytes:
     return _zeroed(memory, -ctypes.addressof(ctypes.c_char.from_buffer(memory)) % _alignment(n_bytes), n_bytes)
 
 
-def read_buffer(n_bytes: int) -> Bytes:
+def read_buffer(n_bytes: int, *, empty: bool = True) -> Bytes:
     """The same in the stretch that all reads of this process share; of its own where that is full. [B]
 
-    The place is free again as soon as nobody holds the buffer or a view of it.
+    The place is free again as soon as nobody holds the buffer or a view of it; unless `empty`, it may still hold what
+    was read before.
     """
-    return _STRETCH.take(n_bytes)
+    found, touched = _STRETCH.take(n_bytes)
+    found[0 if empty else touched:] = 0
+    return found
 
 
 def _alignment(n_bytes: int) -> int:
@@ -72,27 +75,29 @@ class _Stretch:
         self._first = 0
         self._taken: dict[int, int] = {}
         """Start → end of the places in use, both relative to the first huge page. [B]"""
+        self._touched = 0
         self._returned: deque[int] = deque()  # a collected buffer may come back while the lock is held
 
-    def take(self, n_bytes: int) -> Bytes:
+    def take(self, n_bytes: int) -> tuple[Bytes, int]:
+        """A place, and how much of it from its start on was touched before."""
         if n_bytes == 0:
-            return np.zeros(0, np.uint8)
+            return np.zeros(0, np.uint8), 0
         with self._lock:
             while self._returned:
                 del self._taken[self._returned.popleft()]
             start = self._gap(n_bytes)
             if start is None:
-                return page_buffer(n_bytes)
+                return page_buffer(n_bytes), n_bytes
             if self._memory is None:
                 self._memory = _mapped(STRETCH_BYTES)
                 self._first = -ctypes.addressof(ctypes.c_char.from_buffer(self._memory)) % HUGE_PAGE_BYTES
             self._taken[start] = start + n_bytes
             # Views of an array may outlive it, but not what the array was made of.
             place = (ctypes.c_uint8 * n_bytes).from_buffer(self._memory, self._first + start)
+            touched = min(max(self._touched - start, 0), n_bytes)
+            self._touched = max(self._touched, start + n_bytes)
         weakref.finalize(place, self._returned.append, start).atexit = False
-        found = np.frombuffer(memoryview(place), np.uint8)
-        found[:] = 0
-        return found
+        return np.frombuffer(memoryview(place), np.uint8), touched
 
     def _gap(self, n_bytes: int) -> int | None:
         """Where so many bytes fit first."""

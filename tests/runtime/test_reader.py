@@ -127,7 +127,7 @@ def test_reads_land_in_one_stretch_and_never_in_each_others_place() -> None:
 def test_what_no_longer_fits_the_stretch_lies_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(landing, "STRETCH_BYTES", 8 << 20)
     stretch = landing._Stretch()
-    one, two = stretch.take(6 << 20), stretch.take(4 << 20)
+    (one, _), (two, _) = stretch.take(6 << 20), stretch.take(4 << 20)
     one[:], two[:] = 1, 2
     assert one.sum() == 6 << 20
     assert not one.ctypes.data <= two.ctypes.data < one.ctypes.data + len(one)
