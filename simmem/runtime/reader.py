@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import mmap
 import os
 import queue
 import sys
@@ -27,10 +28,13 @@ from numpy.typing import NDArray
 
 from simmem.errors import MachineError
 
-__all__ = ["Reader", "Reads", "Store", "Ticket", "in_chunks", "open_direct", "reads"]
+__all__ = ["HUGE_PAGE_BYTES", "Reader", "Reads", "Store", "Ticket", "in_chunks", "open_direct", "page_buffer", "reads"]
 
 Ints = NDArray[np.int64]
 Bytes = NDArray[np.uint8]
+
+HUGE_PAGE_BYTES = 2 << 20
+"""Of x86 and of ARM with pages of 4 KiB. [B]"""
 
 
 class Reads(NamedTuple):
@@ -55,6 +59,29 @@ def in_chunks(offset: int, n_bytes: int, chunk_bytes: int, buffer: Bytes) -> Rea
     """Reads of a stretch of the file in chunks, the last of which may be shorter. [B]"""
     starts = np.arange(0, n_bytes, chunk_bytes, dtype=np.int64)
     return Reads(offset + starts, np.minimum(chunk_bytes, n_bytes - starts), starts, buffer)
+
+
+def page_buffer(n_bytes: int) -> Bytes:
+    """Zeroed memory that begins on a page; its pages are touched, so that no read pays for that. [B]
+
+    It lies in huge pages as far as it fills whole ones and the system has them. A direct read hands the drive every
+    stretch of memory that it fills: 256 MiB of small pages were 2,000 to 43,000 stretches, as the system happened to
+    have them, and a virtual drive brought 2.2 to 1.0 GB/s into them; in huge pages 128, and always 2.6.
+    """
+    page, advice = mmap.PAGESIZE, getattr(mmap, "MADV_HUGEPAGE", 0)
+    huge = n_bytes // HUGE_PAGE_BYTES * HUGE_PAGE_BYTES if advice else 0
+    size = max(-(-n_bytes // page) * page, page) + (HUGE_PAGE_BYTES if huge else 0)
+    # Private: memory that could be shared is not given huge pages.
+    memory = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    found = np.frombuffer(memory, np.uint8)  # keeps the mapping alive
+    if huge:
+        start = -found.ctypes.data % HUGE_PAGE_BYTES
+        with contextlib.suppress(OSError):  # a system without them
+            memory.madvise(advice, start, huge)
+        found = found[start:]
+    found = found[:n_bytes]
+    found[::page] = 0
+    return found
 
 
 @contextlib.contextmanager

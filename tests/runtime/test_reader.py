@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import mmap
 import os
 import threading
 from collections.abc import Iterator
@@ -13,9 +12,7 @@ import numpy as np
 import pytest
 
 from simmem.errors import MachineError
-from simmem.runtime import landing
-from simmem.runtime.landing import page_buffer, read_buffer
-from simmem.runtime.reader import Reader, in_chunks, open_direct, reads
+from simmem.runtime.reader import Reader, in_chunks, open_direct, page_buffer, reads
 
 BLOCK, N_BLOCKS = 4096, 300
 
@@ -108,26 +105,8 @@ def test_closing_drops_what_has_not_begun(path: Path, monkeypatch: pytest.Monkey
             ticket.wait()
 
 
-def test_reads_land_in_one_stretch_and_never_in_each_others_place() -> None:
-    first = read_buffer(5_000_000)
-    place = first.ctypes.data
-    second = read_buffer(100)
-    view = first[10:20]
-    del first
-    third = read_buffer(100)  # the first is still looked at
-    assert not third.any() and third.ctypes.data % mmap.PAGESIZE == 0
-    view[:], second[:], third[:] = 1, 2, 3
-    assert (view == 1).all() and (second == 2).all() and (third == 3).all()
-    del view
-    again = read_buffer(4_000_000)
-    assert again.ctypes.data == place and not again.any()
-    assert len(read_buffer(0)) == 0 and page_buffer(3 << 20).ctypes.data % (2 << 20) == 0
-
-
-def test_what_no_longer_fits_the_stretch_lies_elsewhere(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(landing, "STRETCH_BYTES", 8 << 20)
-    stretch = landing._Stretch()
-    (one, _), (two, _) = stretch.take(6 << 20), stretch.take(4 << 20)
-    one[:], two[:] = 1, 2
-    assert one.sum() == 6 << 20
-    assert not one.ctypes.data <= two.ctypes.data < one.ctypes.data + len(one)
+def test_what_is_read_into_lies_in_whole_pages_and_in_huge_ones_where_it_fills_them() -> None:
+    for n_bytes in (0, 1, 5000, (2 << 20) - 1, 2 << 20, (5 << 20) + 3):
+        buffer = page_buffer(n_bytes)
+        assert len(buffer) == n_bytes and not buffer.any()
+        assert buffer.ctypes.data % ((2 << 20) if n_bytes >= 2 << 20 else 4096) == 0

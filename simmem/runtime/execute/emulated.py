@@ -18,8 +18,7 @@ from numpy.typing import NDArray
 
 from simmem.cost.roofline import storage_seconds_per_request
 from simmem.errors import MachineError
-from simmem.runtime.landing import page_buffer
-from simmem.runtime.reader import Reads, Ticket
+from simmem.runtime.reader import Reads, Ticket, page_buffer
 from simmem.spec.device import Link
 from simmem.units import format_quantity
 

@@ -226,12 +226,12 @@ class Memory:
 
     def _load(self, offset: int, n_bytes: int) -> torch.Tensor:
         """Bytes of the file, on the computing device."""
-        into = buffer(n_bytes, self.device, apart=False, passing=False)
+        into = buffer(n_bytes, self.device, apart=False)
         self._read(in_chunks(offset, n_bytes, int(STREAM_CHUNK_BYTES), into.host))
         return into.pinned.to(self.device)
 
     def _host_part(self, stage: Stage, streamed: int) -> torch.Tensor:
-        into: Buffer = buffer(streamed, self.device, apart=False, passing=False)
+        into: Buffer = buffer(streamed, self.device, apart=False)
         self._read(in_chunks(stage.offset + stage.n_bytes - streamed, streamed, int(STREAM_CHUNK_BYTES), into.host))
         return into.pinned
 

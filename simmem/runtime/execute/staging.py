@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from simmem.errors import MachineError
 from simmem.runtime.execute.kernels import Pieces, Weights, torch_dtype
 from simmem.runtime.execute.layout import Stage, whole_blocks
-from simmem.runtime.landing import page_buffer, read_buffer
+from simmem.runtime.reader import page_buffer
 from simmem.units import format_quantity
 
 if TYPE_CHECKING:
@@ -37,19 +37,15 @@ class Buffer:
     """`host` as a tensor, for copies."""
 
 
-def buffer(n_bytes: int, device: torch.device, *, apart: bool, passing: bool = True) -> Buffer:
-    """A buffer of whole pages. [B]
-
-    apart : what is read there has to be copied to the computing device.
-    passing : read into again and again, so where such reads were measured; else memory of its own, for what stays.
-    """
+def buffer(n_bytes: int, device: torch.device, *, apart: bool) -> Buffer:
+    """A buffer of whole pages; `apart`: what is read there has to be copied to the computing device. [B]"""
     import torch
 
     if device.type == "cuda":
         pinned = torch.zeros(max(n_bytes, 1), dtype=torch.uint8, pin_memory=True)
         host = pinned.numpy()
     else:
-        host = read_buffer(n_bytes) if passing else page_buffer(n_bytes)
+        host = page_buffer(n_bytes)
         pinned = torch.from_numpy(host)
     return Buffer(host, torch.zeros(n_bytes, dtype=torch.uint8, device=device) if apart else pinned, pinned)
 

@@ -18,12 +18,12 @@ from dataclasses import replace
 
 import numpy as np
 
-from simmem.runtime.landing import read_buffer
 from simmem.runtime.probe.agents import torch_threads
 from simmem.runtime.probe.base import ALWAYS, Case, Run, Setting
 from simmem.runtime.probe.load import Load
 from simmem.runtime.probe.matmul import ELEMENT_BYTES, Pool
 from simmem.runtime.probe.shapes import Shape
+from simmem.runtime.reader import page_buffer
 from simmem.spec.measurement import Condition
 
 __all__ = ["INTERFERENCE", "Background", "cases"]
@@ -220,7 +220,7 @@ def _reads(setting: Setting, size: int) -> Work:
     def prepared() -> Iterator[Callable[[], object]]:
         assert fd is not None  # asked for only where there is one
         random = np.random.default_rng()
-        view = read_buffer(size).data
+        view = page_buffer(size).data
         offsets = (random.integers(0, slots, 1 << 12) * size).tolist()
         at = 0
 

@@ -9,7 +9,6 @@ of no bytes; `guard` refuses what would measure it rather than the drive.
 
 from __future__ import annotations
 
-import itertools
 import mmap
 import os
 import threading
@@ -18,11 +17,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
+from numpy.typing import NDArray
 
-from simmem.runtime.landing import read_buffer
 from simmem.runtime.probe.base import ALWAYS, Case, NotHereError, Run
 from simmem.runtime.probe.scratch import BLOCK_BYTES, Scratch
-from simmem.runtime.reader import Reader, reads
+from simmem.runtime.reader import HUGE_PAGE_BYTES, Reader, page_buffer, reads
 from simmem.spec.measurement import Condition, Measurement
 
 __all__ = ["BATCH", "CALL", "READ", "SUSTAINED", "batch_cases", "cases", "guard", "read_seconds", "sustained_cases"]
@@ -34,7 +33,7 @@ DEPTHS = (1, 2, 4, 8, 16, 32, 64)
 _QUICK_SIZES = SIZES[::2]
 _QUICK_DEPTHS = (1, 4, 32)
 _BUFFERS_BYTES = 256 << 20
-"""What reads land in, and so what all in flight may take; larger products of size and depth are left out. [B]"""
+"""What all reads in flight may take together; larger products of size and depth are left out."""
 _CACHED_BYTES = 64 << 20
 _SAMPLE_S = 0.03
 _BATCH_SIZES, _BATCHES, _PAUSE_S = (8192, 1 << 16, 1 << 20), (2, 8, 32), 3e-3
@@ -83,15 +82,14 @@ def _batch(scratch: Scratch, size: int, n: int) -> Callable[[], AbstractContextM
     @contextmanager
     def setup() -> Iterator[Run]:
         assert scratch.direct_fd is not None
-        random, room = np.random.default_rng(), read_buffer(_BUFFERS_BYTES, empty=False)
+        random, buffer = np.random.default_rng(), page_buffer(size * n)
         sizes = np.full(n, size, np.int64)
         with Reader(scratch.direct_fd, "the scratch file", n) as reader:
             def run() -> float:
                 offsets = random.integers(0, scratch.size_bytes // size, n) * size
-                start = int(random.integers(0, len(room) // (size * n))) * size * n
                 time.sleep(_PAUSE_S)
                 begun = time.perf_counter()
-                reader.submit(reads(offsets, sizes, room[start:start + size * n])).wait()
+                reader.submit(reads(offsets, sizes, buffer)).wait()
                 return time.perf_counter() - begun
 
             yield run
@@ -167,19 +165,16 @@ def _stream(scratch: Scratch, how: str, pattern: str, size: int, depth: int, sam
     failures: list[OSError] = []
     stop = threading.Event()
 
-    # Reads land all over the room, as one place in memory takes them faster than another (`simmem.runtime.landing`).
+    # Side by side and in huge pages, as whoever runs a plan reads.
     step = max(size, BLOCK_BYTES)
-    room = read_buffer(max(_BUFFERS_BYTES, depth * step), empty=False)
+    room = page_buffer(max(depth * step, HUGE_PAGE_BYTES))[:depth * step].reshape(depth, step)
 
-    def work(index: int) -> None:
+    def work(buffer: NDArray[np.uint8]) -> None:
         nonlocal position
-        views = room.data
-        turns = itertools.cycle([[views[at:at + size]]
-                                 for at in range(index * step, len(room) - step + 1, depth * step)])
+        into = [buffer.data[:size]]
         now, read, done, stopped = time.perf_counter, os.preadv, finished.append, stop.is_set
         try:
             while not stopped():
-                into = next(turns)
                 offset = next(position, None)
                 if offset is None:
                     if once:
@@ -191,7 +186,7 @@ def _stream(scratch: Scratch, how: str, pattern: str, size: int, depth: int, sam
         except OSError as error:
             failures.append(error)
 
-    threads = [threading.Thread(target=work, args=(index,), daemon=True) for index in range(depth)]
+    threads = [threading.Thread(target=work, args=(room[index],), daemon=True) for index in range(depth)]
 
     def run() -> float:
         begun = len(finished)
