@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from functools import cached_property
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,6 +27,8 @@ from numpy.typing import NDArray
 __all__ = ["DemandClass", "Durations", "OpKind", "Phase", "Products", "Schedule", "ScheduleBuilder"]
 
 Array = NDArray[np.float64]
+Launch = Literal["stream", "graph"]
+"""Kernels are launched one by one, or recorded once and launched together (CUDA graphs)."""
 
 
 class OpKind(StrEnum):
@@ -70,6 +73,10 @@ class DemandClass:
     """Arithmetic precision of a compute class."""
     products: Products | None = None
     """Of a compute class, where they are known."""
+    launch: Launch = "stream"
+    """Of a compute class: "graph" costs a kernel the agent's `graph_overhead`, where it has one."""
+    rate: Literal["attention"] | None = None
+    """Of a compute class: reads at the agent's `attention_rate`, where it has one."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +85,7 @@ class Schedule:
 
     Shapes: op_* are (n_ops,); flop, requests, depth, waits, and every entry of `bytes`, `acquire_bytes`
     and `release_bytes` are (n_classes, n_candidates). `bytes` is keyed by resource,
-    "memory.<name>" or "link.<name>", and names every resource an op uses at once.
+    "memory.<name>", "link.<name>" or "bus.<name>", and names every resource an op uses at once.
     """
 
     streams: tuple[str, ...]

@@ -9,15 +9,17 @@ than a request and constants larger than the work all occur.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
-from hypothesis import settings
+from hypothesis import reject, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
+from simmem.errors import SpecError
 from simmem.planner.candidate import Candidate, contention_of
-from simmem.policy.base import Block, KnobValue, Policy
+from simmem.policy.base import Block, KnobValue, Policy, policies
 from simmem.policy.context import Context, Replayed
 from simmem.schedule import DemandClass, Durations, OpKind, Schedule, ScheduleBuilder
 from simmem.sim.events import Contention
@@ -34,7 +36,8 @@ MANY = settings(max_examples=max(150, settings.default.max_examples if settings.
 """For laws whose examples are cheap."""
 
 UNITS = {"capacity": "B", "reserved": "B", "rate": "B/s", "request_rate": "B/s", "single_rate": "B/s", "block": "B",
-         "latency": "s", "request_time": "s", "op_overhead": "s", "step_overhead": "s", "energy_per_byte": "J/B",
+         "latency": "s", "request_time": "s", "op_overhead": "s", "step_overhead": "s", "graph_overhead": "s",
+         "cache": "B", "cache_rate": "B/s", "attention_rate": "B/s", "energy_per_byte": "J/B",
          "energy_per_flop": "J/FLOP", "idle": "W", "flop": "FLOP/s"}
 
 
@@ -53,15 +56,23 @@ def log_uniform(rng: np.random.Generator, low: float, high: float) -> float:
 
 
 @st.composite
-def devices(draw: st.DrawFn, *, energy: bool = False) -> Device:
-    """Unified or discrete, one or two agents, with or without interference and a constant per step."""
+def devices(draw: st.DrawFn, *, energy: bool = False, two_sided: bool = False) -> Device:
+    """Graphs of memories, agents and links.
+
+    Unified or not, one to four agents, a GPU of its own memory or two, links back from it and to storage or none, a bus
+    that links share, measured interference, and every figure that is optional. With `two_sided` a GPU with memory of
+    its own and a CPU, with links both ways.
+    """
     rng = draw(seeds())
-    unified = draw(st.booleans())
-    both = draw(st.booleans())
+    unified = not two_sided and draw(st.booleans())
+    both = two_sided or draw(st.booleans())
     shared = draw(st.booleans())
 
     def some(name: str, low: float, high: float) -> dict[str, Any]:
         return {name: figure(name, log_uniform(rng, low, high))}
+
+    def maybe(name: str, low: float, high: float, chance: float = 0.5) -> dict[str, Any]:
+        return some(name, low, high) if rng.random() < chance else {}
 
     def memory(kind: str, capacity: float) -> dict[str, Any]:
         found = {"kind": kind, "capacity": figure("capacity", capacity)}
@@ -73,12 +84,25 @@ def devices(draw: st.DrawFn, *, energy: bool = False) -> Device:
         found = {"memory": memory_name, "flop_per_s": {"fp32": figure("flop", log_uniform(rng, 1e9, 1e13))},
                  "flop_share": figure("flop_share", float(rng.uniform(0.1, 1))),
                  "rate_share": figure("rate_share", float(rng.uniform(0.1, 1)))}
-        found |= some("rate", 1e9, 1e12) | some("op_overhead", 1e-7, 1e-4)
-        if rng.random() < 0.5:
-            found |= some("step_overhead", 1e-7, 1e-2)
+        found |= some("rate", 1e9, 1e12) | some("op_overhead", 1e-7, 1e-4) | maybe("step_overhead", 1e-7, 1e-2)
+        found |= maybe("graph_overhead", 1e-7, 1e-4) | maybe("attention_rate", 1e9, 1e12, 0.3)
         if rng.random() < 0.5:
             found["flop_per_s"]["fp16"] = figure("flop", log_uniform(rng, 1e9, 1e14))
+        if rng.random() < 0.3:
+            found["processors"] = figure("processors", int(rng.integers(1, 200)))
+        if rng.random() < 0.3:
+            found |= some("cache", 1e3, 1e7) | some("cache_rate", 1e9, 1e13)
+        if rng.random() < 0.3:
+            found["dequantise_bytes"] = figure("dequantise_bytes", float(rng.uniform(0, 20)))
+        if rng.random() < 0.5:
+            found["launch"] = str(rng.choice(["stream", "graph"]))
+        if memory_name == "dram" and rng.random() < 0.5:
+            found["h2d_overlaps_cpu"] = bool(rng.random() < 0.5)
         return found | (some("energy_per_flop", 1e-14, 1e-10) if energy else {})
+
+    def copy(source: str, target: str) -> dict[str, Any]:
+        return {"kind": "copy", "source": source, "target": target, **some("rate", 1e9, 1e11),
+                **some("latency", 1e-6, 1e-4), **(some("energy_per_byte", 1e-12, 1e-9) if energy else {})}
 
     storage = {"kind": "storage", "source": "flash", "target": "dram"}
     storage |= some("rate", 1e8, 2e10) | some("latency", 5e-6, 1e-3) | some("request_time", 1e-7, 5e-5)
@@ -86,27 +110,38 @@ def devices(draw: st.DrawFn, *, energy: bool = False) -> Device:
     if rng.random() < 0.7:
         storage |= {"best_depth": figure("best_depth", int(rng.integers(1, 128))),
                     "overload_exponent": figure("overload_exponent", float(rng.choice([0.0, 0.2, 1.0])))}
-    if rng.random() < 0.5:
-        storage |= some("single_rate", 1e7, 3e10)
+    storage |= maybe("single_rate", 1e7, 3e10)
     if energy:
         storage |= some("energy_per_byte", 1e-11, 1e-8)
     memories, links = {"flash": memory("storage", 1e12)}, {"flash": storage}
+    memories["dram"] = memory("unified" if unified else "host", 1e11)
+    agents = {"cpu": agent("dram")} if both or unified else {}
     if unified:
-        memories["dram"] = memory("unified", 1e11)
-        agents = {name: agent("dram") for name in (("cpu", "gpu") if both else ("cpu",))}
+        agents |= {"gpu": agent("dram")} if both else {}
     else:
-        memories |= {"dram": memory("host", 1e11), "vram": memory("device", 1e11)}
-        agents = ({"cpu": agent("dram")} if both else {}) | {"gpu": agent("vram")}
-        for name, ends in (("h2d", ("dram", "vram")), ("d2h", ("vram", "dram"))):
-            links[name] = {"kind": "copy", "source": ends[0], "target": ends[1], **some("rate", 1e9, 1e11),
-                           **some("latency", 1e-6, 1e-4), **(some("energy_per_byte", 1e-12, 1e-9) if energy else {})}
+        for n in ("", "2") if draw(st.integers(0, 7)) == 7 else ("",):
+            memories[f"vram{n}"], agents[f"gpu{n}"] = memory("device", 1e11), agent(f"vram{n}")
+            links[f"h2d{n}"] = copy("dram", f"vram{n}")
+            if two_sided or rng.random() < 0.8:
+                links[f"d2h{n}"] = copy(f"vram{n}", "dram")
+    if draw(st.integers(0, 4)) == 4:
+        agents["npu"] = agent("dram")
+    if draw(st.booleans()):
+        links["write"] = copy("dram", "flash")
+    buses = {}
+    on_bus = [name for name in links if name.startswith(("h2d", "d2h"))]
+    if len(on_bus) > 1 and draw(st.booleans()):
+        rates = [float(links[name]["rate"]["value"].split()[0]) for name in on_bus]
+        buses["pcie"] = {"rate": figure("rate", float(rng.uniform(max(rates), sum(rates))))}
+        for name in on_bus:
+            links[name]["bus"] = "pcie"
     rules = []
     if both and unified and draw(st.booleans()):
         rules = [{"victim": a, "aggressor": b, "memory": "dram", "share": figure("share", float(rng.uniform(0.2, 1)))}
                  for a, b in (("cpu", "gpu"), ("gpu", "cpu"))]
     return Device.model_validate({
         "schema": "simmem.device/1", "name": "random", "title": "drawn at random", "memory": memories,
-        "agent": agents, "link": links, "interference": rules,
+        "agent": agents, "link": links, "bus": buses, "interference": rules,
         **({"idle": figure("idle", log_uniform(rng, 0.1, 100))} if energy else {})})
 
 
@@ -134,11 +169,11 @@ def models(draw: st.DrawFn) -> Model:
 
 
 @st.composite
-def other_models(draw: st.DrawFn) -> Model:
+def other_models(draw: st.DrawFn, kind: str | None = None) -> Model:
     """Mixtures of experts, latent attention, sliding windows, state spaces, and weights at a file's own precisions."""
     model, rng = draw(models()), draw(seeds())
     parts = model.architecture.model_dump()
-    what = draw(st.sampled_from(["experts", "window", "state space", "file"]))
+    what = kind or draw(st.sampled_from(["experts", "window", "state space", "file"]))
     d, layers = parts["d_model"], int(rng.integers(1, 6))
     parts["n_layers"] = layers
     if what == "experts":
@@ -187,6 +222,24 @@ def traces(draw: st.DrawFn, model: Model) -> Trace:
         quality=quality if rng.random() < 0.5 else None, text="none", digest=digest_of(active)), active))
 
 
+@st.composite
+def routing_traces(draw: st.DrawFn, model: Model) -> Trace:
+    """Which experts each token uses in each layer that has some: few are used much, and again after they were used."""
+    rng, x = draw(seeds()), model.architecture.experts
+    assert x is not None
+    n_tokens, n_layers = draw(st.integers(4, 16)), model.architecture.n_expert_layers
+    likes = np.log(rng.gamma(0.5, 2.0, (n_layers, x.count)) + 1e-9) + rng.gumbel(size=(n_tokens, n_layers, x.count))
+    chosen = np.argsort(-likes, axis=2)[..., : x.per_token]
+    bits = np.zeros((n_tokens, n_layers, x.count), np.bool_)
+    np.put_along_axis(bits, chosen, True, axis=2)
+    active = np.packbits(bits, axis=2, bitorder="little")
+    each = model.group_bytes("fp16")["experts"] / (n_layers * x.count)
+    return Trace(TraceHeader(
+        name="random", kind="captured", model=model.name, n_tokens=n_tokens, n_layers=n_layers, n_units=x.count,
+        unit="expert", unit_bytes=each, criterion="router", threshold="none", records="active", predictor="none",
+        text="none", digest=digest_of(active)), active)
+
+
 def with_predictors(rng: np.random.Generator, held: Sequence[tuple[str, int]], trace: Trace) -> Trace:
     """A trace that holds what predictors asked for, each with its own misses and false alarms."""
     h = trace.header
@@ -212,23 +265,33 @@ def workloads(draw: st.DrawFn) -> Workload:
                     draw(st.sampled_from(PRECISIONS)), draw(st.sampled_from(["fp16", "int8", "int4"])))
 
 
+KINDS = ("neurons", "routing", "other")
+
+
 @st.composite
-def contexts(draw: st.DrawFn, *, trace: bool = True, energy: bool = False, other: bool = False) -> Context:
+def contexts(draw: st.DrawFn, *, trace: bool = True, energy: bool = False, other: bool = False,
+             routing: bool = False, two_sided: bool = False) -> Context:
     """Everything a policy is asked with; the budgets range from nothing to everything.
 
-    With `other` the model is one of `other_models`, which only policies that need no trace can plan.
+    With `other` the model is one of `other_models`, with `routing` a mixture of experts whose routing was traced: both
+    only for policies that need no trace of neurons.
     """
-    model = draw(other_models() if other else models())
-    device, workload = draw(devices(energy=energy)), draw(workloads())
+    model = draw(other_models("experts") if routing else other_models() if other else models())
+    if routing and not model.architecture.n_expert_layers:
+        reject()
+    device, workload = draw(devices(energy=energy, two_sided=two_sided)), draw(workloads())
     if model.file_bytes:
         workload = workload.at("file")
-    replayed = Replayed(draw(traces(model))) if trace and not other else None
+    elif routing and draw(st.booleans()):
+        workload = replace(workload, mixed=(("attention", "int4"), ("experts", "int2")))
+    replayed = Replayed(draw(traces(model))) if trace and not other and not routing else None
+    routed = Replayed(draw(routing_traces(model))) if routing else None
     whole = Context(device, model, workload, replayed, {})
     most = 4 * (whole.total_bytes + whole.kv_bytes + whole.working_bytes) + 1e6
     tightness = draw(st.sampled_from([0.02, 0.1, 0.3, 1.0]))
     budget = {name: memory.capacity.value if memory.kind == "storage" else float(np.floor(tightness * most))
               for name, memory in device.memory.items()}
-    return Context(device, model, workload, replayed, budget)
+    return Context(device, model, workload, replayed, budget, routed)
 
 
 def rich(context: Context) -> Context:
@@ -239,20 +302,45 @@ def rich(context: Context) -> Context:
 
 @st.composite
 def policy_blocks(draw: st.DrawFn, policy: Policy, context: Context, n: int = 6) -> Block:
-    """`n` candidates that share their structure: grid values, and values that only `--set` reaches."""
+    """`n` candidates that share their structure: grid values, and values that only `--set` reaches.
+
+    What a policy refuses where all its knobs are given (`refine`) is drawn again, so far as there is something else.
+    """
     rng = draw(seeds())
     structural: dict[str, KnobValue] = {}
     columns: dict[str, NDArray[Any]] = {}
+    refine = getattr(policy, "refine", None)
+    many = n if refine is None else 8 * n
     for knob in policy.knobs(context):
         allowed = (*knob.values, *knob.unsearched)
         if knob.kind == "structural":
             structural[knob.name] = draw(st.sampled_from(allowed))
         else:
-            values = [allowed[i] for i in rng.integers(0, len(allowed), n)]
+            values = [allowed[i] for i in rng.integers(0, len(allowed), many)]
             if isinstance(values[0], float) and knob.low is not None and knob.high is not None:
                 values = [v if rng.random() < 0.5 else float(rng.uniform(knob.low, knob.high)) for v in values]
             columns[knob.name] = np.array(values)
-    return Block(structural, columns)
+    block = Block(structural, columns)
+    if refine is None or not columns:
+        return block
+    try:
+        kept: Block = refine(context, block, {**structural, **{k: v[0] for k, v in columns.items()}})
+    except SpecError:
+        reject()
+    return kept.only(np.resize(np.arange(kept.n_candidates), n))
+
+
+@st.composite
+def plans(draw: st.DrawFn, names: Sequence[str] = (), n: int = 4) -> tuple[Context, Policy, Block]:
+    """Any policy (or one of those named), a context it applies to, and candidates of it."""
+    policy = policies()[draw(st.sampled_from(list(names) or sorted(policies())))]
+    for kind, two_sided in draw(st.permutations([(k, t) for k in KINDS for t in (False, True)])):
+        context = draw(contexts(other=kind == "other", routing=kind == "routing", two_sided=two_sided))
+        if policy.knobs(context):
+            break
+    else:
+        reject()
+    return context, policy, draw(policy_blocks(policy, context, n))
 
 
 @st.composite
@@ -262,7 +350,10 @@ def candidates(draw: st.DrawFn, policy: Policy, *, energy: bool = False) -> Cand
 
 
 def rows_of(context: Context, policy: Policy) -> NDArray[np.int64]:
-    """Every token that the policy can be asked about."""
+    """Every token that the policy can be asked about; of those that choose their own, as many as they would."""
+    own = getattr(policy, "rows", None)
+    if own is not None:
+        return np.asarray(own(context, 8), np.int64)
     if not policy.uses_trace or context.trace is None:
         return np.zeros(1, np.int64)
     return np.arange(len(context.table.tokens))
@@ -289,15 +380,19 @@ def schedules(draw: st.DrawFn, device: Device, *, max_ops: int = 30, max_candida
             moved = {where: size, f"memory.{link.target}": size, f"memory.{link.source}": size}
             if link.kind == "storage":
                 del moved[f"memory.{link.source}"]
+            if link.bus is not None:
+                moved[f"bus.{link.bus}"] = size
             what = DemandClass(f"move {k}", OpKind.IO if link.kind == "storage" else OpKind.TRANSFER, link=where[5:])
             demand = builder.demand(what, requests=np.ceil(size / rng.choice([4096, 65536, 1 << 22])),
                                     depth=rng.integers(1, 64, n).astype(float), bytes=moved)
         else:
             memory = device.agent[where].memory
             kind = OpKind(str(rng.choice(["compute", "memory", "predictor", "sync"])))
+            what = DemandClass(f"compute {k}", kind, agent=where, launch="graph" if rng.random() < 0.5 else "stream",
+                               rate="attention" if rng.random() < 0.2 else None)
             demand = builder.demand(
-                DemandClass(f"compute {k}", kind, agent=where), flop=size * rng.choice([0.0, 1.0, 100.0]),
-                requests=np.where(here, rng.integers(0, 9, n), 0), bytes={f"memory.{memory}": size})
+                what, flop=size * rng.choice([0.0, 1.0, 100.0]), bytes={f"memory.{memory}": size},
+                requests=np.where(here, rng.integers(0, 9, n), 0))
         classes.append((demand, where))
     n_tokens = draw(st.integers(1, 3))
     ends = set(np.sort(rng.choice(n_ops, min(n_tokens, n_ops), replace=False)).tolist()[:-1]) | {n_ops - 1}

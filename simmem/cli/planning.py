@@ -33,9 +33,11 @@ def plan(
     vram: Annotated[str | None, typer.Option(help="GPU memory budget; an error on unified memory.")] = None,
     prompt: Annotated[int, typer.Option(help="Prompt tokens.")] = 128,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens to generate.")] = 256,
-    batch: Annotated[int, typer.Option(help="Sequences decoded together.")] = 1,
+    batch: Annotated[int | None, typer.Option(
+        help="Sequences decoded together; default: 1, or searched for --objective throughput.")] = None,
     weights: Annotated[str | None, typer.Option(
-        help="fp32 fp16 bf16 int8 int4 int3 int2, or file: its own; default: searched.")] = None,
+        help="fp32 fp16 bf16 int8 int4 int3 int2, file: its own, or by tensor group: attention=int4,experts=int2; "
+             "default: searched.")] = None,
     kv: Annotated[str, typer.Option(help="Precision of keys and values.")] = "fp16",
     trace: Annotated[str | None, typer.Option(help="Built-in name or file (see `simmem traces`).")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="Only this policy; may be repeated.")] = None,
@@ -51,11 +53,15 @@ def plan(
 ) -> None:
     """Find the best policy for a model on a device, and say what to expect of it."""
     from simmem.planner.api import answer
-    from simmem.planner.question import ask
+    from simmem.planner.batches import at_batch
+    from simmem.planner.question import Question, ask
 
-    question = ask(device, model, dram=dram, vram=vram, prompt=prompt, new_tokens=new_tokens, batch=batch,
+    def at(sequences: int) -> Question:
+        return ask(device, model, dram=dram, vram=vram, prompt=prompt, new_tokens=new_tokens, batch=sequences,
                    weights=weights, kv=kv, trace=trace, policy=policy or None, knobs=_settings(settings),
                    objective=objective, engine=engine, max_quality_loss=max_quality_loss)
+
+    question = at_batch(at, batch, objective)
     if engine is not None:
         question.device.check_engine(engine)
     if emit is not None:

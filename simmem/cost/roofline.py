@@ -1,6 +1,8 @@
 """How long does each class of op take on a device? Roofline with achieved shares and constants.
 
-Compute and upkeep:  max(flop / (peak · share), bytes / (rate · share)) + kernels · overhead + wait · wake
+Compute and upkeep:  max(waves · flop / (peak · share), bytes / (rate · share)) + kernels · overhead + wait · wake,
+                     with waves 1, and a rate that no cache helps, where the agent states no `processors`, no `cache`
+                     (`simmem.cost.occupancy`)
 Storage reads:       max(n · read_seconds(s, q), q · reader), and `batch` until dependants may start: a surface over
                      request size and depth (`simmem.cost.surface`) and, where they were measured, what it takes to
                      wake q readers and to hand in a batch and wait for it
@@ -24,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.cost.fitted import class_group, class_work, floor_s, half_width, product_s
+from simmem.cost.occupancy import cached_rate, wave_factor, working_set
 from simmem.cost.phases import class_phase, drawn_factor
 from simmem.cost.surface import Regime, read_seconds
 from simmem.errors import SpecError
@@ -78,12 +81,19 @@ def _compute_s(schedule: Schedule, index: int, what: DemandClass, device: Device
     agent = _agent(device, name)
     key, peak = arithmetic_peak(agent, name, what.precision)
     flop_per_s = peak * _factor(factors, key)
-    rate = agent.rate.value * _factor(factors, f"agent.{name}.rate")
+    # A special rate is an achieved one already.
+    special = what.rate == "attention" and agent.attention_rate is not None
+    rate_key = "attention_rate" if special else "rate"
+    rate = getattr(agent, rate_key).value * _factor(factors, f"agent.{name}.{rate_key}")
     # A sync op is the fixed cost of a step; every other op pays its kernels.
     constant = "step_overhead" if what.kind is OpKind.SYNC and agent.step_overhead else "op_overhead"
     overhead = getattr(agent, constant).value * _factor(factors, f"agent.{name}.{constant}")
-    kernel = f"{what.name}-{agent.computes_as(what.precision)}"
+    # What was measured of attention holds for its products without the context too.
+    kernel = f"{'attention' if what.name == 'projections' else what.name}-{agent.computes_as(what.precision)}"
     measured = agent.kernel_overhead.get(kernel)
+    if what.launch == "graph" and agent.graph_overhead is not None and what.kind is not OpKind.SYNC:
+        overhead = agent.graph_overhead.value * _factor(factors, f"agent.{name}.graph_overhead")
+        measured = None
     if measured is not None:
         overhead = measured.value * _factor(factors, f"agent.{name}.kernel_overhead.{kernel}")
     beside: Array | float = 0.0
@@ -91,7 +101,9 @@ def _compute_s(schedule: Schedule, index: int, what: DemandClass, device: Device
         beside = schedule.waits[index] * agent.wake_time.value * _factor(factors, f"agent.{name}.wake_time")
     moved = schedule.bytes.get(f"memory.{agent.memory}")
     n_bytes = np.zeros(schedule.n_candidates) if moved is None else moved[index]
-    floor = np.maximum(schedule.flop[index] / flop_per_s, n_bytes / rate)
+    looped = _looped(schedule, name, agent)
+    floor = np.maximum(schedule.flop[index] / flop_per_s,
+                       n_bytes / _memory_rate(agent, name, rate, looped, factors))
     fitted = _fitted_s(schedule, index, what, device, agent, key, factors)
     if fitted is not None:
         floor = np.maximum(floor, fitted[1])
@@ -99,9 +111,37 @@ def _compute_s(schedule: Schedule, index: int, what: DemandClass, device: Device
             beside = beside + schedule.requests[index] * np.maximum(overhead - fitted[2], 0.0)
         return _corrected(np.maximum(floor, fitted[0]) + beside, floor, what, device, factors)
     flop_per_s = flop_per_s * agent.flop_share.value * _factor(factors, f"agent.{name}.flop_share")
-    rate = rate * agent.rate_share.value * _factor(factors, f"agent.{name}.rate_share")
-    seconds = np.maximum(schedule.flop[index] / flop_per_s, n_bytes / rate) + schedule.requests[index] * overhead
+    if not special:
+        rate = rate * agent.rate_share.value * _factor(factors, f"agent.{name}.rate_share")
+    rate = _memory_rate(agent, name, rate, looped, factors)
+    arithmetic = _in_waves(schedule, index, what, agent) / flop_per_s
+    seconds = np.maximum(arithmetic, n_bytes / rate) + schedule.requests[index] * overhead
     return _corrected(seconds + beside, floor, what, device, factors)
+
+
+def _looped(schedule: Schedule, name: str, agent: Agent) -> Array | None:
+    """What an agent with a cache goes through in a step; None where there is none. [B]"""
+    return None if agent.cache is None or agent.cache_rate is None else working_set(schedule, name, agent.memory)
+
+
+def _memory_rate(agent: Agent, name: str, rate: Array | float, looped: Array | float | None,
+                factors: Factors | None = None) -> Array | float:
+    """`rate`, or what a cache makes of it for a step that goes through `looped` bytes. [B/s]"""
+    if looped is None or agent.cache is None or agent.cache_rate is None:
+        return rate
+    factors = factors or {}
+    return cached_rate(looped, rate, agent.cache.value * _factor(factors, f"agent.{name}.cache"),
+                       agent.cache_rate.value * _factor(factors, f"agent.{name}.cache_rate"))
+
+
+def _in_waves(schedule: Schedule, index: int, what: DemandClass, agent: Agent) -> Array:
+    """Arithmetic of a class, more of it where processors stand idle in the last wave of its products. [flop]"""
+    flop: Array = schedule.flop[index]
+    shape = what.products
+    if agent.processors is None or shape is None or what.kind is OpKind.MEMORY:
+        return flop
+    wide = flop / max(2.0 * shape.batch * shape.cols * shape.count, 1e-300)  # columns of each product's output
+    return np.asarray(flop * wave_factor(shape.batch, wide, shape.cols, max(agent.processors.value, 1.0)))
 
 
 def _corrected(found: Array, floor: Array, what: DemandClass, device: Device, factors: Factors) -> Array:
@@ -217,6 +257,8 @@ def capacity_bytes_per_s(device: Device, resource: str, factors: Factors | None 
     what, name = resource.split(".", 1)
     if what == "link":
         return device.link[name].rate.value * _factor(factors, f"link.{name}.rate")
+    if what == "bus":
+        return device.bus[name].rate.value * _factor(factors, f"bus.{name}.rate")
     memory = device.memory[name]
     if memory.rate is not None:
         return memory.rate.value * _factor(factors, f"memory.{name}.rate")

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.errors import InfeasiblePlanError, SpecError
+from simmem.planner.batches import at_batch
 from simmem.planner.bound import lower_bound
 from simmem.planner.candidate import Candidate, blocks, capacity_cut, score, stratified_rows
 from simmem.planner.document import (
@@ -40,7 +41,9 @@ from simmem.planner.ranking import (
     search,
 )
 from simmem.planner.uncertainty import uncertain_figures, weakest_kind
-from simmem.policy.base import policies, policy_named
+from simmem.policy.base import agents_of, policies, policy_named
+from simmem.policy.context import Context
+from simmem.spec.base import weakest
 from simmem.units import format_quantity
 
 __all__ = ["answer", "plan"]
@@ -58,8 +61,8 @@ def plan(
     vram: str | float | None = None,
     prompt: int = 128,
     new_tokens: int = 256,
-    batch: int = 1,
-    weights: str | None = None,
+    batch: int | None = None,
+    weights: str | Mapping[str, str] | None = None,
     kv: str = "fp16",
     trace: str | None = None,
     policy: str | Sequence[str] | None = None,
@@ -74,7 +77,8 @@ def plan(
     ----------
     device, model, trace : built-in names, aliases or paths.
     dram, vram : what the process may hold there, e.g. "6.7GB", or a number of bytes. [B]
-    weights : one precision; None searches the native one, int8 and int4.
+    batch : sequences decoded together; one when None, or the most productive number where throughput is the objective.
+    weights : one precision, or one for each of some tensor groups; None searches the native one, int8 and int4.
     policy, knobs : restrict the search to policies, and hold knobs at a value.
     max_quality_loss : leave out plans that raise perplexity by more than this share, or by what nobody measured.
 
@@ -85,9 +89,12 @@ def plan(
     InfeasiblePlanError
         Nothing fits; names the binding tier and the missing bytes.
     """
-    question = ask(device, model, dram=dram, vram=vram, prompt=prompt, new_tokens=new_tokens, batch=batch,
-                   weights=weights, kv=kv, trace=trace, policy=policy, knobs=knobs, objective=objective, engine=engine,
-                   max_quality_loss=max_quality_loss)
+    def at(sequences: int) -> Question:
+        return ask(device, model, dram=dram, vram=vram, prompt=prompt, new_tokens=new_tokens, batch=sequences,
+                   weights=weights, kv=kv, trace=trace, policy=policy, knobs=knobs, objective=objective,
+                   engine=engine, max_quality_loss=max_quality_loss)
+
+    question = at_batch(at, batch, objective)
     if engine is not None:
         question.device.check_engine(engine)
     return answer(question)
@@ -106,6 +113,11 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
         f = min(found, key=lambda f: f.missing_bytes)
         missing = float(math.ceil(f.missing_bytes))  # budgets are whole bytes
         if f.binding_tier is None:
+            reasons_why = [why for name in question.policy_names
+                           if (ask_why := getattr(policy_named(name), "why_not", None)) is not None
+                           and (why := ask_why(f.context)) is not None]
+            if reasons_why:
+                raise SpecError(f"{question.policy_names[0]} cannot plan this: {reasons_why[0]}", key="--policy")
             raise SpecError(f"{' and '.join(question.policy_names)} cannot plan {question.model.name} without a trace "
                             "of its activity; name one with --trace", key="--policy")
         raise InfeasiblePlanError(
@@ -119,16 +131,16 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
     rows = stratified_rows(context, best.policy, FINAL_ROWS)
     few = stratified_rows(context, best.policy, SCORING_ROWS)
     predicted = predict(best, rows, interval_rows=few)
-    fitted = fitted_use(best, few)
+    fitted, report = fitted_use(best, few), best.policy.report(context, best.block, rows)
     same = next(f for f in found if f.context is context)
     agent = str(best.block.structural["agent"])
     recommended = Alternative(weights=context.workload.weights, policy=best.policy.name, knobs=best.knobs,
                               predicted=predicted, memory=memory_use(best), quality=quality_of(best))
     result = Plan(
         device=question.device_name, model=question.model_name,
-        workload=WorkloadRef(**{k: getattr(context.workload, k) for k in WorkloadRef.model_fields}),
-        trace=TraceRef(name=context.trace.header.name, kind=context.trace.header.kind,
-                       digest=context.trace.header.digest) if context.trace else None,
+        workload=WorkloadRef(**{k: getattr(context.workload, k) for k in WorkloadRef.model_fields if k != "mixed"},
+                             mixed=dict(context.workload.mixed)),
+        trace=_trace(context),
         feasible=True, policy=PolicyChoice(name=best.policy.name, knobs=best.knobs),
         residency=[Residency(tensors=p.tensors, tier=p.tier, bytes=p.bytes)
                    for p in best.policy.placements(context, best.block)],
@@ -140,17 +152,33 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
             for f in found if f.context is not context and f.ranked)],
         pareto=[] if brief else [
             alternative(c, _some(c)) if c.block is not best.block else recommended for c in pareto_front(ranked)],
-        evidence=Evidence(engine="events", weakest_kind=str(weakest_kind(
-            context, agent, uses_trace=best.policy.uses_trace)), cost_model=fitted.cost_model,
-            search_gap=gap, extrapolating=fitted.extrapolating, measured=measured_here(question.device)),
+        evidence=Evidence(
+            engine="events", weakest_kind=str(weakest([weakest_kind(context, name, uses_trace=best.policy.uses_trace)
+                                                       for name in agents_of(best.policy, context, best.block)])),
+            cost_model=fitted.cost_model, search_gap=gap, extrapolating=fitted.extrapolating,
+            placement_gap=report.get("gap"),
+            measured=measured_here(question.device)),
         fit=_fit(question, agent), objective=question.objective, engine=question.engine, why=[])
-    notes = [*fitted.notes, *_notes(best, rows), *_curve(best), *_set_aside(same, predicted.token_latency_s),
-             *_too_lossy(found, best)]
+    notes = [*fitted.notes, *_batches(question), *report["notes"], *_curve(best),
+             *_set_aside(same, predicted.token_latency_s), *_too_lossy(found, best)]
     return result.model_copy(update={"why": reasons(result, question.device, notes)})
 
 
-def _notes(candidate: Candidate, rows: NDArray[np.int64]) -> list[str]:
-    return list(candidate.policy.report(candidate.context, candidate.block, rows)["notes"])
+def _batches(question: Question) -> list[str]:
+    """What other numbers of sequences would bring, where the number was searched."""
+    if not question.batches_tried:
+        return []
+    said = ", ".join(f"{batch}: {rate:.3g}" for batch, rate in question.batches_tried)
+    return [f"tokens a second by sequences at once: {said}"]
+
+
+def _trace(context: Context) -> TraceRef | None:
+    """The trace that was planned with, of neurons or of the routing."""
+    replayed = context.replayed or context.routing
+    if replayed is None:
+        return None
+    header = replayed.trace.header
+    return TraceRef(name=header.name, kind=header.kind, digest=header.digest)
 
 
 def _curve(candidate: Candidate) -> list[str]:
@@ -245,17 +273,24 @@ def _fit(question: Question, agent: str) -> Fit:
                missing_bytes=max(needed - budget, 0.0), stream_token_latency_s=_naive_seconds(question, native, agent))
 
 
+def _used_links(best: Candidate, rows: NDArray[np.int64]) -> list[str]:
+    """Links that a step of a plan moves anything over."""
+    moved = best.policy.decode(best.context, best.block, rows).timed_bytes
+    return [name for name in best.context.device.link if moved.get(f"link.{name}", np.zeros(1)).any()]
+
+
 def _sensitivities(question: Question, best: Candidate, rows: NDArray[np.int64]) -> list[Sensitivity]:
     """The latency with one figure changed by a tenth: plan held fixed, or replanned for a capacity."""
     base = token_seconds(best, rows)
     found = []
-    agent = str(best.block.structural["agent"])
-    used = {agent, *(() if best.context.host_agent is None else (best.context.host_agent,))}
-    for key in uncertain_figures(best.context):
+    context, agent = best.context, str(best.block.structural["agent"])
+    used = {*agents_of(best.policy, context, best.block), context.host_agent}
+    links = {*context.path_to(agent), *_used_links(best, rows)}
+    for key in uncertain_figures(context):
         part, name = key.split(".")[:2]
         if (part == "agent" and name not in used) or part == "memory" or (part, key[-6:]) == ("agent", "_share"):
             continue  # an achieved share moves the latency exactly as its rate does
-        if part == "link" and name not in best.context.path_to(agent):
+        if part == "link" and name not in links:
             continue
         factor = 1.0 + SENSITIVITY_CHANGE
         change = token_seconds(best, rows, {key: factor}) / base - 1.0

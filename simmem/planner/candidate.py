@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from simmem.cost.roofline import Factors, capacity_bytes_per_s, durations
 from simmem.errors import SpecError
-from simmem.policy.base import Block, KnobValue, Policy
+from simmem.policy.base import Block, Policy, Setting
 from simmem.policy.context import Context
 from simmem.sim.analytic import analytic
 from simmem.sim.events import Contention
@@ -48,7 +48,7 @@ class Candidate:
     """Held outside storage. [B]"""
 
     @property
-    def knobs(self) -> dict[str, KnobValue]:
+    def knobs(self) -> dict[str, Setting]:
         return self.block.knobs(0)
 
     def used_bytes(self) -> dict[str, float]:
@@ -64,7 +64,7 @@ def blocks(policy: Policy, context: Context, fixed: Mapping[str, object], *, def
     Raises SpecError for a knob the policy has not.
     """
     knobs = policy.knobs(context)
-    values: dict[str, tuple[KnobValue, ...]] = {}
+    values: dict[str, tuple[Setting, ...]] = {}
     for knob in knobs:
         if knob.name in fixed:
             values[knob.name] = (knob.parse(fixed[knob.name]),)
@@ -83,8 +83,9 @@ def blocks(policy: Policy, context: Context, fixed: Mapping[str, object], *, def
     for chosen in itertools.product(*(values[n] for n in structural)):
         if unmeasured is not None and unmeasured(context, dict(zip(structural, chosen, strict=True)), fixed):
             continue
-        grid = np.meshgrid(*(np.array(values[n]) for n in demand), indexing="ij")
-        columns = {n: g.reshape(-1) for n, g in zip(demand, grid, strict=True)}
+        # Over places in the grid, not over values: a value may be a tuple.
+        grid = np.meshgrid(*(np.arange(len(values[n])) for n in demand), indexing="ij")
+        columns = {n: np.array(values[n])[g.reshape(-1)] for n, g in zip(demand, grid, strict=True)}
         block = Block(dict(zip(structural, chosen, strict=True)), columns)
         refine = getattr(policy, "refine", None)
         yield block if refine is None else refine(context, block, fixed)
@@ -142,8 +143,12 @@ def score(policy: Policy, context: Context, block: Block, rows: NDArray[np.int64
 def stratified_rows(context: Context, policy: Policy, n: int) -> NDArray[np.int64]:
     """Rows of the window table that stand for all of them: quantiles of units newly needed.
 
-    One row (0) where the policy does not look at the trace; the median row for n = 1.
+    One row (0) where the policy does not look at the trace; the median row for n = 1. A policy that looks at a trace
+    in its own way says itself which tokens stand for all of them.
     """
+    own = getattr(policy, "rows", None)
+    if own is not None:
+        return np.asarray(own(context, n), dtype=np.int64)
     if not policy.uses_trace or context.trace is None:
         return np.zeros(1, dtype=np.int64)
     middle = min(4, context.table.max_window)
@@ -155,7 +160,8 @@ def stratified_rows(context: Context, policy: Policy, n: int) -> NDArray[np.int6
 def contention_of(context: Context, factors: Factors | None = None) -> Contention:
     """What the ops of a device share: its memories and links, and measured interference."""
     device = context.device
-    names = [f"memory.{m}" for m in device.memory if m != device.storage] + [f"link.{k}" for k in device.link]
+    names = [*(f"memory.{m}" for m in device.memory if m != device.storage), *(f"link.{k}" for k in device.link),
+             *(f"bus.{b}" for b in device.bus)]
     return Contention(
         capacity_bytes_per_s={n: float(np.max(capacity_bytes_per_s(device, n, factors))) for n in names},
         interference={(i.victim, i.aggressor, f"memory.{i.memory}"): i.share.value for i in device.interference})

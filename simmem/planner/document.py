@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from simmem.policy.base import KnobValue
+from simmem.policy.base import Setting
 from simmem.spec.base import Kind
 from simmem.spec.device import Device
 from simmem.spec.measurement import CALIBRATED
@@ -44,6 +44,8 @@ class WorkloadRef(_Part):
     batch: int
     weights: str
     kv: str
+    mixed: dict[str, str] = {}
+    """Tensor groups that are kept at another precision than `weights`."""
 
 
 class TraceRef(_Part):
@@ -54,7 +56,7 @@ class TraceRef(_Part):
 
 class PolicyChoice(_Part):
     name: str
-    knobs: dict[str, KnobValue]
+    knobs: dict[str, Setting]
 
 
 class Residency(_Part):
@@ -127,7 +129,7 @@ class Sensitivity(_Part):
 class Alternative(_Part):
     weights: str
     policy: str
-    knobs: dict[str, KnobValue]
+    knobs: dict[str, Setting]
     predicted: Predicted
     memory: dict[str, MemoryUse]
     quality: QualityCost
@@ -148,6 +150,8 @@ class Evidence(_Part):
     cost_model: str
     search_gap: float | None
     extrapolating: bool
+    placement_gap: float | None = None
+    """By which share the best placement could be faster than the plan's, at most; null where it places by no choice."""
     measured: MeasuredHere | None = None
 
 

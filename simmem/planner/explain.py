@@ -55,6 +55,15 @@ def reasons(plan: Plan, device: Device, notes: list[str]) -> list[str]:
         found.append(f"{chosen_weights} is chosen because fewer bytes move: the best {best.weights} plan, "
                      f"{best.policy}, takes {format_quantity(best.predicted.token_latency_s, 's')}; what "
                      f"{chosen_weights} costs in quality was not measured, so name --weights to decide yourself")
+    busy = {agent: share for agent, share in p.active_share.items() if share > 0}
+    if len(busy) > 1:
+        parts = [f"{agent} does {format_quantity(share, 'ratio', 2)}" for agent, share in
+                 sorted(busy.items(), key=lambda item: -item[1])]
+        found.append(f"{', '.join(parts)} of what is multiplied")
+    gap = plan.evidence.placement_gap
+    if gap is not None:
+        found.append("no placement could be faster" if gap <= 0 else
+                     f"the best placement could be at most {format_quantity(gap, 'ratio', 2)} faster than this one")
     part, seconds = max(p.breakdown_s.items(), key=lambda item: item[1])
     found.append(f"{format_quantity(seconds / p.token_latency_s, 'ratio', 2)} of a {step} goes to {LIMITS[part]}")
     helpful = [s for s in plan.sensitivity if abs(s.token_latency_change) > 0.005]

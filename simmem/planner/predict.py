@@ -158,7 +158,8 @@ def predict(candidate: Candidate, rows: NDArray[np.int64], *, interval_rows: NDA
         bytes_per_token=links,
         requests_per_token=requests,
         requested_bytes_per_token=report["requested_bytes"],
-        bytes_written_per_token=0.0,
+        bytes_written_per_token=sum((n for name, n in links.items()
+                                     if context.device.link[name].target == context.device.storage), 0.0),
         cache={k: CacheUse(**v) for k, v in report["cache"].items()},
         active_share=report["active_share"],
         energy_j_per_token=_mean_energy([energy_j(context.device, t.schedule, mean) for t in runs], workload.batch),
@@ -186,6 +187,8 @@ def energy_j(device: Device, schedule: Schedule, token_s: float) -> float | None
     total = device.idle.value * token_s
     for resource, amount in schedule.timed_bytes.items():
         what, name = resource.split(".", 1)
+        if what == "bus":
+            continue  # its links say what a byte over them takes
         figure = (device.link[name] if what == "link" else device.memory[name]).energy_per_byte
         if amount.any():
             if figure is None:
@@ -207,8 +210,8 @@ def quality_of(candidate: Candidate) -> QualityCost:
     rows = np.zeros(1, dtype=np.int64)
     report = candidate.policy.report(candidate.context, candidate.block, rows)
     native = candidate.context.model.own_precision
-    weights = candidate.context.workload.weights
-    for what, precision in (("weights", weights), ("keys and values", candidate.context.workload.kv)):
+    workload = candidate.context.workload
+    for what, precision in (*(("weights", p) for p in workload.precisions), ("keys and values", workload.kv)):
         if precision not in (native, "fp32", "fp16", "bf16"):
             return QualityCost(perplexity_ratio=None, source=f"the cost of {precision} {what} was not measured")
     return QualityCost(perplexity_ratio=report["perplexity_ratio"], source=report["quality_source"])

@@ -13,7 +13,7 @@ from simmem.spec import library
 from simmem.spec.device import Device, load_device
 from simmem.spec.model import Model, load_model
 from simmem.spec.precision import FILE, PRECISIONS
-from simmem.spec.workload import Workload
+from simmem.spec.workload import Workload, mixed_precisions
 from simmem.trace import Trace, open_trace, sparsest_trace_within
 from simmem.units import format_quantity, parse_quantity
 
@@ -24,6 +24,8 @@ MAX_LOSS = 10
 """A perplexity eleven times the dense model's is no model any more."""
 FINAL_ROWS = 64
 """Trace tokens that the answer is run on."""
+ROUTING_TOKENS = 256
+"""Tokens of a routing trace that are replayed; a quarter of them fill the caches."""
 VARIED_ROWS = 8
 """Trace tokens of a trace with another law, for intervals."""
 
@@ -50,10 +52,15 @@ class Question:
     """Knobs that are not named take their default (published configurations)."""
     max_quality_loss: float | None = None
     """Perplexity may rise by this share over the dense model's; what was not measured is then left out."""
+    routing: Replayed | None = None
+    """A trace of which experts tokens chose; then there is none of neurons."""
+    batches_tried: tuple[tuple[int, float], ...] = ()
+    """(sequences, tokens a second) where the batch was searched."""
 
     def context(self, weights: str) -> Context:
         """Everything a policy needs at one precision."""
-        return Context(self.device, self.model, self.workload.at(weights), self.replayed, self.budget_bytes)
+        return Context(self.device, self.model, self.workload.at(weights), self.replayed, self.budget_bytes,
+                       self.routing)
 
 
 def ask(
@@ -65,7 +72,7 @@ def ask(
     prompt: int = 128,
     new_tokens: int = 256,
     batch: int = 1,
-    weights: str | None = None,
+    weights: str | Mapping[str, str] | None = None,
     kv: str = "fp16",
     trace: str | None = None,
     policy: str | Sequence[str] | None = None,
@@ -76,7 +83,11 @@ def ask(
     max_quality_loss: float | None = None,
     relative_to: Path | None = None,
 ) -> Question:
-    """Check the arguments of `plan` and resolve every name. Raises SpecError."""
+    """Check the arguments of `plan` and resolve every name. Raises SpecError.
+
+    weights : one precision; or by tensor group, as a table or "attention=int4,experts=int2": the groups that are not
+        named keep the model's own.
+    """
     spec_device = load_device(device, relative_to=relative_to)
     spec_model = load_model(model, relative_to=relative_to)
     if objective not in OBJECTIVES:
@@ -89,18 +100,24 @@ def ask(
         policy_named(name)
     if knobs and policy is None:
         raise SpecError("knobs belong to a policy: name it with --policy", key="--set")
+    mixed: tuple[tuple[str, str], ...] = ()
+    if weights is not None and (not isinstance(weights, str) or "=" in weights):
+        mixed, weights = mixed_precisions(weights), None
     if weights is not None and weights not in (*PRECISIONS, FILE):
         raise SpecError(f"found {weights!r}, expected one of {', '.join((*PRECISIONS, FILE))}", key="--weights")
     if weights == FILE:
         spec_model.group_bytes(FILE)  # refuses where no file says
     own = spec_model.own_precision
-    precisions = (weights or own,) if weights or own == FILE else tuple(dict.fromkeys((own, "int8", "int4")))
+    precisions = (weights or own,) if weights or mixed or own == FILE else tuple(dict.fromkeys((own, "int8", "int4")))
     precisions = tuple(p for p in precisions if any(a.computes_as(p) for a in spec_device.agent.values()))
     if not precisions:
         raise SpecError(f"no unit of {spec_device.name} has an arithmetic rate for {weights or own} weights",
                         key="--weights")
-    workload = Workload(prompt, new_tokens, batch, precisions[0], kv)
+    workload = Workload(prompt, new_tokens, batch, precisions[0], kv, mixed)
     workload.check(spec_model)
+    if not any(all(map(agent.computes_as, workload.precisions)) for agent in spec_device.agent.values()):
+        raise SpecError(f"no unit of {spec_device.name} has arithmetic rates for {' and '.join(workload.precisions)} "
+                        "weights", key="--weights")
     fixed = dict(knobs or {})
     if engine:
         runs = [e.agent for key, e in spec_device.engine.items()
@@ -110,9 +127,11 @@ def ask(
         spec_device = spec_device.with_engine(engine)
     if trace is None and max_quality_loss is not None:
         trace = sparsest_trace_within(spec_model, 1.0 + max_quality_loss)
-    return Question(device, model, spec_device, spec_model, _replay(trace, spec_model, batch), workload, precisions,
+    replayed = _replay(trace, spec_model, batch)
+    routes = replayed is not None and replayed.trace.header.unit == "expert"
+    return Question(device, model, spec_device, spec_model, None if routes else replayed, workload, precisions,
                     _budgets(spec_device, dram, vram), names, fixed, objective, engine, policy is None, defaults,
-                    max_quality_loss)
+                    max_quality_loss, replayed if routes else None)
 
 
 def _replay(name: str | None, model: Model, batch: int) -> Replayed | None:
@@ -121,10 +140,10 @@ def _replay(name: str | None, model: Model, batch: int) -> Replayed | None:
     if neurons is None and name is not None and library.resolve("trace", name).suffix == ".toml":
         raise TraceError(f"is a synthetic trace of FFN neurons, which {model.name} does not have in every layer",
                          file=name)
-    opened = open_trace(name, model, batch=batch, n_tokens=MAX_WINDOW + FINAL_ROWS)
-    if opened is not None and opened.header.unit != "ffn-neuron":
-        raise TraceError(f"is a routing trace (of {opened.header.unit}s), which `simmem replay` uses; no policy plans "
-                         "with it yet", file=name)
+    opened = open_trace(name, model, batch=batch,
+                        n_tokens=ROUTING_TOKENS if neurons is None else MAX_WINDOW + FINAL_ROWS)
+    if opened is not None and opened.header.unit == "kv-block":
+        raise TraceError("is a trace of KV blocks, which `simmem replay` uses; no policy plans with it yet", file=name)
     if opened is None or opened.header.kind == "captured" or "concentration" not in opened.header.statistics:
         return Replayed(opened) if opened else None  # no law: captured, or like a captured one
 

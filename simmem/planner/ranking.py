@@ -15,11 +15,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.errors import SpecError
-from simmem.planner.bound import agent_bound
+from simmem.planner.bound import agents_bound
 from simmem.planner.candidate import Candidate, blocks, capacity_cut, front, score, stratified_rows
 from simmem.planner.predict import energy_j, prefill_seconds, quality_of, token_seconds
 from simmem.planner.question import Question
-from simmem.policy.base import Block, Policy, policy_named
+from simmem.policy.base import Block, Policy, agents_of, policy_named
 from simmem.policy.context import Context
 
 __all__ = [
@@ -46,7 +46,8 @@ EVENT_LIMIT = 8
 """Candidates that the event engine runs before the search stops without a proof."""
 PARETO_LIMIT = 6
 """Entries of the front that are reported."""
-SIMPLICITY = ("resident", "stream", "flash-window")
+SIMPLICITY = ("resident", "layer-split", "stream", "layer-stream", "tier-percent", "hot-cold", "expert-cache",
+              "flash-window")
 """Among equally fast plans the one with the fewest moving parts is the answer."""
 
 
@@ -71,7 +72,7 @@ def search(question: Question, weights: str) -> Found:
     context = question.context(weights)
     ranked: list[Candidate] = []
     nearest: tuple[float, str] | None = None
-    floor = {name: agent_bound(context, name, any_token=True).token_latency_s for name in context.able_agents}
+    floor: dict[tuple[str, ...], float] = {}
     pruned = float("inf")
     for name in question.policy_names:
         policy = policy_named(name)
@@ -79,9 +80,12 @@ def search(question: Question, weights: str) -> Found:
         fastest: dict[object, float] = {}
         pool: list[Candidate] = []
         for block in blocks(policy, context, question.fixed, defaults=question.defaults):
-            # Nothing this agent could do is as fast as what was already found: the whole block is out. Sharing may
+            # Nothing its agents could do is as fast as what was already found: the whole block is out. Sharing may
             # make what was found slower than the bound, so the proof has to know where the cut was.
-            least, kind = floor[str(block.structural["agent"])], _way_of_knowing(block)
+            names = agents_of(policy, context, block)
+            if names not in floor:
+                floor[names] = agents_bound(context, names, any_token=True).token_latency_s
+            least, kind = floor[names], _way_of_knowing(block)
             if question.objective == "latency" and least > fastest.get(kind, float("inf")):
                 pruned = min(pruned, least)
                 continue
@@ -103,7 +107,8 @@ def search(question: Question, weights: str) -> Found:
     fits = any(c.policy.name == "resident" for c in ranked)
 
     def needless(c: Candidate) -> bool:
-        return question.open_choice and c.policy.uses_trace and (fits or is_oracle(c))
+        drops_work = getattr(c.policy, "drops_work", c.policy.uses_trace)
+        return question.open_choice and drops_work and (fits or is_oracle(c))
 
     lossy = _too_lossy(question, ranked)
     allowed = [c for c in ranked if id(c) not in lossy]

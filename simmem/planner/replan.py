@@ -70,12 +70,13 @@ def candidate_of(plan: Plan, *, file: str | None = None) -> Candidate:
     """The candidate a plan describes, with its budgets; the trace must still be the one it names."""
     w = plan.workload
     question = ask(plan.device, plan.model, prompt=w.prompt_tokens, new_tokens=w.new_tokens, batch=w.batch,
-                   weights=w.weights, kv=w.kv, trace=plan.trace.name if plan.trace else None,
+                   weights=w.mixed or w.weights, kv=w.kv, trace=plan.trace.name if plan.trace else None,
                    policy=plan.policy.name, knobs=plan.policy.knobs, engine=plan.engine)
     budget = {**question.budget_bytes, **{k: v.budget_bytes for k, v in plan.memory.items()
                                           if k in question.budget_bytes}}
     context = replace(question, budget_bytes=budget).context(w.weights)
-    if plan.trace and context.trace and context.trace.header.digest != plan.trace.digest:
+    replayed = context.replayed or context.routing
+    if plan.trace and replayed and replayed.trace.header.digest != plan.trace.digest:
         raise TraceError(f"the trace {plan.trace.name} is not the one this plan was made from (its digest differs)",
                          file=file, key="trace.digest")
     policy = policy_named(plan.policy.name)

@@ -17,7 +17,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,10 +26,15 @@ from simmem.errors import SpecError, UnknownNameError
 from simmem.policy.context import Context
 from simmem.schedule import Schedule
 
-__all__ = ["Block", "Knob", "KnobValue", "Placement", "Policy", "policies", "policy_named", "register"]
+__all__ = ["Block", "Knob", "KnobValue", "Placement", "Policy", "agents_of", "policies", "policy_named", "register"]
 
 Array = NDArray[np.float64]
 KnobValue = bool | int | float | str
+if TYPE_CHECKING:
+    Setting = Any  # who reads a knob by its name knows its type
+else:
+    Setting = KnobValue | tuple[float, ...]
+    """A knob's value, or the numbers of one that takes several."""
 
 
 @dataclass(frozen=True)
@@ -37,43 +42,42 @@ class Knob:
     """One thing a policy lets the planner choose.
 
     `values` is the grid that is searched for a given context; `default` is what a published
-    configuration that does not mention the knob means, None where it has to be searched.
+    configuration that does not mention the knob means, None where it has to be searched. A value
+    may be a tuple of numbers, such as the shares of two tiers: then all values are, of one length.
     """
 
     name: str
     kind: Literal["structural", "demand"]
-    values: tuple[KnobValue, ...]
+    values: tuple[Setting, ...]
     help: str
-    default: KnobValue | None = None
+    default: Setting | None = None
     low: float | None = None
     high: float | None = None
-    unsearched: tuple[KnobValue, ...] = ()
+    unsearched: tuple[Setting, ...] = ()
     """Values that may be set but are not worth searching."""
     hint: str = ""
     """What a user can do about a value that is missing."""
 
-    def parse(self, given: object) -> KnobValue:
+    def parse(self, given: object) -> Setting:
         """A value from the command line or a file, checked against the knob's type and range."""
         wanted = self.values[0]
-        value: KnobValue
+        value: Setting
         if isinstance(wanted, bool):
             table = {"true": True, "false": False, "yes": True, "no": False, "1": True, "0": False}
             key = str(given).lower()
             if key not in table:
                 raise SpecError(f"found {given!r}, expected true or false", key=self.name)
             value = table[key]
+        elif isinstance(wanted, tuple):
+            parts = given if isinstance(given, (list, tuple)) else str(given).strip("[]() ").split(",")
+            if len(parts) != len(wanted):
+                raise SpecError(f"found {given!r}, expected {len(wanted)} numbers, as in "
+                                f"{','.join(f'{v:g}' for v in wanted)}", key=self.name)
+            value = tuple(self._number(part) for part in parts)
         elif isinstance(wanted, (int, float)):
-            try:
-                number = float(str(given))
-            except ValueError:
-                raise SpecError(f"found {given!r}, expected a number", key=self.name) from None
-            if not math.isfinite(number):
-                raise SpecError(f"found {given!r}, expected a finite number", key=self.name)
+            number = self._number(given)
             if isinstance(wanted, int) and number != int(number):
                 raise SpecError(f"found {given!r}, expected a whole number", key=self.name)
-            low, high = (end if v is None else v for v, end in ((self.low, -math.inf), (self.high, math.inf)))
-            if not low <= number <= high:
-                raise SpecError(f"found {given!r}, expected a value from {low:g} to {high:g}", key=self.name)
             value = int(number) if isinstance(wanted, int) else number
         else:
             allowed = (*self.values, *self.unsearched)
@@ -82,6 +86,18 @@ class Knob:
                 raise SpecError(f"found {given!r}, expected one of {', '.join(map(str, allowed))}{hint}", key=self.name)
             value = str(given)
         return value
+
+    def _number(self, given: object) -> float:
+        try:
+            number = float(str(given))
+        except ValueError:
+            raise SpecError(f"found {given!r}, expected a number", key=self.name) from None
+        if not math.isfinite(number):
+            raise SpecError(f"found {given!r}, expected a finite number", key=self.name)
+        low, high = (end if v is None else v for v, end in ((self.low, -math.inf), (self.high, math.inf)))
+        if not low <= number <= high:
+            raise SpecError(f"found {given!r}, expected a value from {low:g} to {high:g}", key=self.name)
+        return number
 
 
 @dataclass(frozen=True)
@@ -97,7 +113,10 @@ class Placement:
 
 @dataclass(frozen=True)
 class Block:
-    """Candidates that share their structure: structural values, and a column per demand knob."""
+    """Candidates that share their structure: structural values, and a column per demand knob.
+
+    A column is (n_candidates,), or (n_candidates, n) for a knob whose values are tuples of n numbers.
+    """
 
     structural: Mapping[str, KnobValue]
     columns: Mapping[str, NDArray[Any]]
@@ -106,10 +125,11 @@ class Block:
     def n_candidates(self) -> int:
         return len(next(iter(self.columns.values()))) if self.columns else 1
 
-    def knobs(self, index: int) -> dict[str, KnobValue]:
+    def knobs(self, index: int) -> dict[str, Setting]:
         """All knob values of one candidate as plain Python values."""
         picked = {k: v[index] for k, v in self.columns.items()}
-        return {**self.structural, **{k: v.item() if hasattr(v, "item") else v for k, v in picked.items()}}
+        return {**self.structural, **{k: tuple(v.tolist()) if np.ndim(v) else v.item() if hasattr(v, "item") else v
+                                      for k, v in picked.items()}}
 
     def only(self, which: NDArray[np.int64]) -> Block:
         """Some of the candidates."""
@@ -118,7 +138,14 @@ class Block:
 
 @runtime_checkable
 class Policy(Protocol):
-    """What the planner asks of a policy. All arrays have the candidate axis last."""
+    """What the planner asks of a policy. All arrays have the candidate axis last.
+
+    A policy may also have
+    agents(context, block)         who computes in a block, the structural `agent` first; that one alone where absent
+    rows(context, n)               up to n trace tokens that stand for all of them
+    refine(context, block, fixed)  a block with candidates that the grid misses
+    unmeasured(context, structural, fixed)  whether nobody measured what a combination costs, so it is not searched
+    """
 
     name: str
     summary: str
@@ -140,7 +167,15 @@ class Policy(Protocol):
         """What lives where, for a block of one candidate."""
 
     def report(self, context: Context, block: Block, rows: NDArray[np.int64]) -> dict[str, Any]:
-        """For a block of one candidate: `requested_bytes`, `cache`, `active_share`, `notes`, `perplexity_ratio`."""
+        """For a block of one candidate: `requested_bytes`, `cache`, `active_share`, `notes`, `perplexity_ratio`,
+        `quality_source`; with a placement that may not be the best one, `gap`: the share by which the best could be
+        faster."""
+
+
+def agents_of(policy: Policy, context: Context, block: Block) -> tuple[str, ...]:
+    """Who computes in a block, the main agent first."""
+    named = getattr(policy, "agents", None)
+    return (str(block.structural["agent"]),) if named is None else tuple(named(context, block))
 
 
 _REGISTRY: dict[str, Policy] = {}

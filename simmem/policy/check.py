@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.errors import SpecError
-from simmem.policy.base import Block, Knob, KnobValue, Placement, Policy
+from simmem.policy.base import Block, Knob, KnobValue, Placement, Policy, Setting
 from simmem.policy.context import Context, Replayed
 from simmem.schedule import OpKind, Schedule
 from simmem.spec.device import load_device
@@ -37,7 +37,7 @@ REPORTED = ("requested_bytes", "cache", "active_share", "notes", "perplexity_rat
 
 
 def check_policy(policy: Policy, context: Context | None = None, *,
-                 same: Iterable[tuple[Mapping[str, KnobValue], Mapping[str, KnobValue]]] = (), seed: int = 0) -> None:
+                 same: Iterable[tuple[Mapping[str, Setting], Mapping[str, Setting]]] = (), seed: int = 0) -> None:
     """Raise SpecError, saying what and with which knobs, unless `policy` keeps the contract.
 
     knobs       parse their own values and defaults, refuse others, and have names of their own
@@ -58,6 +58,9 @@ def check_policy(policy: Policy, context: Context | None = None, *,
     for each in example_contexts() if context is None else [context]:
         knobs = policy.knobs(each)
         if not knobs:
+            applies = getattr(policy, "applies", None)
+            if applies is not None and not applies(each):
+                continue
             if each.trace is not None or not policy.uses_trace:
                 raise SpecError("has no knobs for a context it should be able to plan", key=policy.name)
             continue
@@ -65,15 +68,16 @@ def check_policy(policy: Policy, context: Context | None = None, *,
 
 
 def example_contexts() -> list[Context]:
-    """Unified and discrete memory, plenty of it and little, a small OPT on its synthetic trace."""
-    model, workload = load_model("opt-125m"), Workload(prompt_tokens=16, new_tokens=16)
-    trace = open_trace(None, model, n_tokens=24)
-    found = []
-    for name in ("m1-max", "rtx4090-pc"):
-        device = load_device(name)
-        whole = {k: m.budget_bytes for k, m in device.memory.items()}
-        tight = {k: v if k == device.storage else 1.2e8 for k, v in whole.items()}
-        found += [Context(device, model, workload, Replayed(trace) if trace else None, b) for b in (whole, tight)]
+    """Unified and discrete memory, plenty of it and little, a small OPT on its synthetic trace and a small mixture of
+    experts."""
+    workload, found = Workload(prompt_tokens=16, new_tokens=16), []
+    for name in ("opt-125m", "moe-8x3m"):
+        model = load_model(name)
+        trace = open_trace(None, model, n_tokens=24)
+        for device in map(load_device, ("m1-max", "rtx4090-pc")):
+            whole = {k: m.budget_bytes for k, m in device.memory.items()}
+            tight = {k: v if k == device.storage else 1.2e8 for k, v in whole.items()}
+            found += [Context(device, model, workload, Replayed(trace) if trace else None, b) for b in (whole, tight)]
     return found
 
 
@@ -93,7 +97,7 @@ class _Check:
             where = ", ".join(f"{k}={v}" for k, v in self.where.items())
             raise SpecError(f"{rule}{f' (with {where})' if where else ''}", key=self.policy.name)
 
-    def run(self, same: Sequence[tuple[Mapping[str, KnobValue], Mapping[str, KnobValue]]]) -> None:
+    def run(self, same: Sequence[tuple[Mapping[str, Setting], Mapping[str, Setting]]]) -> None:
         self._knobs()
         for block in self._blocks():
             self.where = block.knobs(0)
@@ -104,7 +108,7 @@ class _Check:
                 self._structure(schedule, block.n_candidates * per)
                 self._links(schedule)
                 self._held(schedule, footprint, per)
-            self._multiplied(decode, footprint)
+            self._multiplied(decode, block, footprint)
             for i in range(block.n_candidates):
                 one = block.only(np.array([i]))
                 self.where = one.knobs(0)
@@ -112,7 +116,8 @@ class _Check:
                 self._report(one, decode.columns(slice(i * len(self.rows), (i + 1) * len(self.rows))))
             self._independent(block, decode, footprint)
         for left, right in same:
-            self._same(left, right)
+            if self._possible(left) and self._possible(right):
+                self._same(left, right)
 
     # --- knobs ----------------------------------------------------------------------------------
 
@@ -178,7 +183,8 @@ class _Check:
             need((what.agent is None) != (what.link is None), f"{what.name}: expected an agent or a link, not both")
             need(what.agent is None or what.agent in device.agent, f"{what.name}: no agent {what.agent!r}")
             need(what.link is None or what.link in device.link, f"{what.name}: no link {what.link!r}")
-        known = {f"memory.{m}" for m in device.memory} | {f"link.{k}" for k in device.link}
+        known = {f"memory.{m}" for m in device.memory} | {f"link.{k}" for k in device.link} | {
+            f"bus.{b}" for b in device.bus}
         need(set(s.bytes) <= known, f"bytes of unknown resources: {sorted(set(s.bytes) - known)}")
         tiers = {*s.acquire_bytes, *s.release_bytes, *s.held_bytes}
         need(tiers <= set(device.memory), f"memory held in unknown tiers: {sorted(tiers - set(device.memory))}")
@@ -231,11 +237,16 @@ class _Check:
                 self.require((high <= limit * (1 + SLACK) + 1e-3).all(),
                              f"holds {high[over]:.0f} bytes of {tier}, more than its footprint of {limit[over]:.0f}")
 
-    def _multiplied(self, s: Schedule, footprint: Mapping[str, Array]) -> None:
-        """A token multiplies a byte of weights at most once, and only what is there: held, or arrived for it."""
+    def _multiplied(self, s: Schedule, block: Block, footprint: Mapping[str, Array]) -> None:
+        """A token multiplies a byte of weights at most once, and only what is there: held, or arrived for it.
+
+        Where a step takes its sequences in several batches, once in each of them.
+        """
         if any(a.compute_precision for a in self.context.device.agent.values()):
             return  # this engine widens weights on their way to the multiply
         uses = np.bincount(s.op_class[s.timed], minlength=len(s.classes)).astype(np.float64)
+        batches = getattr(self.policy, "passes", None)
+        passes = np.ones(block.n_candidates) if batches is None else batches(self.context, block)
         for tier in footprint:
             amount = s.bytes.get(f"memory.{tier}")
             if amount is None:
@@ -246,8 +257,11 @@ class _Check:
                     read += uses[k] * amount[k]
                 elif what.link is not None and self.context.device.link[what.link].target == tier:
                     there = there + uses[k] * amount[k]
-            if read.any():
+            if self.context.model.architecture.state_space:  # a state is read and written, and held once
+                read = np.maximum(read - self.context.decode_kv_bytes / 2, 0.0)
+            if read.any() and batches is None and tier == self.context.memory_of(str(block.structural["agent"])):
                 there = there - self.context.working_bytes  # activations are no weights
+            there = there * np.repeat(passes, len(self.rows))
             worst = int(np.argmax(read - there))
             self.require((read <= there * (1 + SLACK) + 1.0).all(),
                          f"multiplies {read[worst]:.0f} bytes of {tier} where {there[worst]:.0f} are held or arrive")
@@ -288,7 +302,11 @@ class _Check:
                 self.require(tier in footprint and used[0] == footprint[tier][i],
                              f"a candidate's footprint in {tier} depends on the others in its block")
 
-    def _same(self, left: Mapping[str, KnobValue], right: Mapping[str, KnobValue]) -> None:
+    def _possible(self, given: Mapping[str, Setting]) -> bool:
+        """Whether this context's knobs take such values: of a model of other depth they may not."""
+        return all(self._parsed(k, given[k.name]) is not None for k in self.knobs if k.name in given)
+
+    def _same(self, left: Mapping[str, Setting], right: Mapping[str, Setting]) -> None:
         totals = []
         for given in (left, right):
             full = {k.name: given.get(k.name, k.values[0] if k.default is None else k.default) for k in self.knobs}

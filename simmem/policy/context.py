@@ -16,6 +16,7 @@ from simmem.spec.device import Agent, Device, Link
 from simmem.spec.model import Model
 from simmem.spec.precision import FILE, matrix_bytes_per_param, vector_bytes_per_param
 from simmem.spec.workload import Workload
+from simmem.trace.hot import HotTable, hot_table
 from simmem.trace.replay import WindowTable, run_table, window_table
 from simmem.trace.trace import Predictor, Trace
 
@@ -52,6 +53,11 @@ class Replayed:
                 at = [Replayed(self.vary(name, f), longest_window=self.table.max_window) for f in (low, high)]
                 found[name] = (low, at[0], high, at[1])
         return found
+
+    @cached_property
+    def hot(self) -> HotTable:
+        """Classes of equally frequent units, told by the tokens that the table does not time."""
+        return hot_table(self.trace, self.table.tokens)
 
     @cached_property
     def _asked(self) -> dict[tuple[str, int], Replayed]:
@@ -99,6 +105,8 @@ class Context:
     workload: Workload
     replayed: Replayed | None
     budget_bytes: Mapping[str, float]
+    routing: Replayed | None = None
+    """A trace of which experts tokens chose, beside or instead of one of neurons."""
 
     @cached_property
     def memo(self) -> dict[tuple[object, ...], Any]:
@@ -109,8 +117,9 @@ class Context:
 
     @cached_property
     def able_agents(self) -> dict[str, Agent]:
-        """Units that can multiply weights of this precision."""
-        return {name: a for name, a in self.device.agent.items() if a.computes_as(self.workload.weights)}
+        """Units that can multiply weights of every precision that the workload has."""
+        return {name: a for name, a in self.device.agent.items()
+                if all(a.computes_as(p) for p in self.workload.precisions)}
 
     def memory_of(self, agent: str) -> str:
         """The tier an agent computes out of."""
@@ -134,10 +143,15 @@ class Context:
 
     # --- weights ----------------------------------------------------------------------------
 
+    def group_precision(self, group: str) -> str:
+        """The precision that a tensor group is stored in."""
+        return self.workload.precision_of(group)
+
     @cached_property
     def group_bytes(self) -> dict[str, float]:
-        """Stored bytes of each tensor group at the workload's precision. [B]"""
-        return self.model.group_bytes(self.workload.weights)
+        """Stored bytes of each tensor group at its precision. [B]"""
+        at = {p: self.model.group_bytes(p) for p in {self.group_precision(g.name) for g in self.model.groups()}}
+        return {g.name: at[self.group_precision(g.name)][g.name] for g in self.model.groups()}
 
     @cached_property
     def total_bytes(self) -> float:
@@ -183,7 +197,7 @@ class Context:
 
     def stored_bytes_per_param(self, group: str) -> tuple[float, float]:
         """Bytes (matrix, vector) a parameter of a group takes in storage. [B]"""
-        return self._bytes_per_param(self.workload.weights, group)
+        return self._bytes_per_param(self.group_precision(group), group)
 
     def _bytes_per_param(self, precision: str, group: str) -> tuple[float, float]:
         """Bytes of a (matrix, vector) parameter of a group; their mean where a file holds the group in several. [B]"""
@@ -193,13 +207,13 @@ class Context:
         mean = held / max(self.model.group(group).params, 1)
         return mean, mean
 
-    def read_precision(self, agent: str) -> str:
-        """The precision weights are read in by the multiply on an agent."""
-        return self.device.agent[agent].compute_precision or self.workload.weights
+    def read_precision(self, agent: str, group: str) -> str:
+        """The precision weights of a group are read in by the multiply on an agent."""
+        return self.device.agent[agent].compute_precision or self.group_precision(group)
 
     def read_bytes_per_param(self, agent: str, group: str) -> tuple[float, float]:
         """Bytes (matrix, vector) a parameter of a group costs to read in the multiply on an agent. [B]"""
-        return self._bytes_per_param(self.read_precision(agent), group)
+        return self._bytes_per_param(self.read_precision(agent, group), group)
 
     # --- what every policy holds --------------------------------------------------------------
 
@@ -218,8 +232,21 @@ class Context:
     @cached_property
     def working_bytes(self) -> float:
         """Activations of the prompt through one layer, and one row of logits, in fp32. [B]"""
-        a, w = self.model.architecture, self.workload
-        return 4.0 * w.batch * (w.prompt_tokens * a.activations + a.vocab)
+        return float(self.working_bytes_of(self.workload.batch, "fp32"))
+
+    def working_bytes_of(self, gpu_batch: Array | float, precision: str = "fp16") -> Array | float:
+        """The same of a batch of the sequences, for engines that take them one batch after the other. [B]"""
+        a, each = self.model.architecture, matrix_bytes_per_param(precision)
+        return each * gpu_batch * (self.workload.prompt_tokens * a.activations + a.vocab)
+
+    def activation_bytes(self, n_tokens: float, precision: str = "fp16") -> float:
+        """Hidden vectors between two layers. [B]"""
+        return n_tokens * self.model.architecture.d_model * matrix_bytes_per_param(precision)
+
+    @cached_property
+    def kv_token_bytes(self) -> float:
+        """Keys and values (or the state) that one token of one sequence adds, all layers. [B]"""
+        return self.model.kv_bytes(self.workload.kv, 1.0)
 
     # --- the trace ----------------------------------------------------------------------------
 

@@ -39,11 +39,18 @@ from simmem.spec.precision import COMPUTE_FALLBACK
 if TYPE_CHECKING:
     import networkx
 
-__all__ = ["Agent", "Device", "Engine", "Interference", "Link", "Memory", "load_device"]
+__all__ = ["Agent", "Bus", "Device", "Engine", "Interference", "Link", "Memory", "PerParam", "load_device"]
 
 
+Launch = Literal["stream", "graph"]
 KernelKey = Annotated[str, Field(pattern=r"^(attention|ffn|head)-(fp32|bf16|fp16)$")]
 """Phase and the precision it is computed in."""
+
+
+class PerParam(Figure):
+    """Bytes for each parameter. [B]"""
+
+    dimension = "ratio"
 
 
 class Memory(Frozen):
@@ -78,6 +85,8 @@ class Agent(Frozen):
     """Constant per kernel: launch, synchronisation of threads, tails. [s]"""
     step_overhead: Seconds | None = None
     """Constant per decode step: sampling, the framework's loop. [s]"""
+    graph_overhead: Seconds | None = None
+    """Constant per kernel of a recorded graph, which the host launches once; `op_overhead` where absent. [s]"""
     kernel_overhead: dict[KernelKey, Seconds] = Field(default_factory=dict, max_length=16)
     """Constant per kernel of a phase at a precision ("attention-bf16") where measured, else `op_overhead`. [s]"""
     wake_time: Seconds | None = None
@@ -85,6 +94,20 @@ class Agent(Frozen):
     energy_per_flop: JoulePerFlop | None = None
     compute_precision: Literal["fp32", "fp16", "bf16"] | None = None
     """Set by an engine that widens weights before use: the multiply reads this many bytes."""
+    processors: Count | None = None
+    """Units that each work on one tile of a product (streaming multiprocessors)."""
+    cache: Bytes | None = None
+    """Last-level cache, which all of them share. [B]"""
+    cache_rate: BytesPerSecond | None = None
+    """Bandwidth of what the cache holds. [B/s]"""
+    attention_rate: BytesPerSecond | None = None
+    """Stored keys and values that its attention goes through; `rate` · `rate_share` where absent. [B/s]"""
+    dequantise_bytes: PerParam | None = None
+    """Memory traffic of unpacking a quantised parameter before the multiply, the packed one apart; 0: fused. [B]"""
+    launch: Launch | None = None
+    """How the engine launches kernels; each policy's own way where absent."""
+    h2d_overlaps_cpu: bool | None = None
+    """Of an agent in host memory: whether the engine copies to the GPU while it computes. True where absent."""
 
     def computes_as(self, weights: str) -> Literal["fp32", "fp16", "bf16", "int8"] | None:
         """In which precision it multiplies weights of another; None where it has no rate for any that would do."""
@@ -124,6 +147,8 @@ class Link(Frozen):
     """storage: waking one reader for a batch; the last of them begins only after all. [s]"""
     sustained_rate: BytesPerSecond | None = None
     energy_per_byte: JoulePerByte | None = None
+    bus: str | None = None
+    """What it shares with other links, such as the other direction of the same lanes: one of `Device.bus`."""
 
     @model_validator(mode="after")
     def _storage_is_complete(self) -> Link:
@@ -132,6 +157,13 @@ class Link(Frozen):
                 if getattr(self, name) is None:
                     raise ValueError(f"a storage link needs {name}")
         return self
+
+
+class Bus(Frozen):
+    """What several links draw on together."""
+
+    rate: BytesPerSecond
+    """All of them at once, both directions. [B/s]"""
 
 
 class Interference(Frozen):
@@ -152,7 +184,14 @@ class Engine(Frozen):
     op_overhead: Seconds | None = None
     step_overhead: Seconds | None = None
     compute_precision: Literal["fp32", "fp16", "bf16"] | None = None
+    attention_rate: BytesPerSecond | None = None
+    dequantise_bytes: PerParam | None = None
+    launch: Launch | None = None
+    h2d_overlaps_cpu: bool | None = None
     source: str = Field(min_length=4)
+
+
+_ENGINE_SETS = tuple(name for name in Engine.model_fields if name in Agent.model_fields)
 
 
 class Device(Frozen):
@@ -165,6 +204,7 @@ class Device(Frozen):
     memory: dict[str, Memory]
     agent: dict[str, Agent]
     link: dict[str, Link]
+    bus: dict[str, Bus] = Field(default_factory=dict)
     interference: tuple[Interference, ...] = ()
     idle: Watt | None = None
     engine: dict[str, Engine] = Field(default_factory=dict)
@@ -183,6 +223,8 @@ class Device(Frozen):
             for end in (link.source, link.target):
                 if end not in self.memory:
                     raise ValueError(f"link.{name} joins {end!r}, which is no memory of this device")
+            if link.bus is not None and link.bus not in self.bus:
+                raise ValueError(f"link.{name}.bus is {link.bus!r}, which is no bus of this device")
         storage = [n for n, m in self.memory.items() if m.kind == "storage"]
         if len(storage) != 1:
             raise ValueError(f"a device has exactly one storage tier, found {len(storage)}")
@@ -260,6 +302,8 @@ class Device(Frozen):
                 found[f"agent.{name}.kernel_overhead.{kernel}"] = overhead
         for name, link in self.link.items():
             _collect(f"link.{name}", link, found)
+        for name, bus in self.bus.items():
+            _collect(f"bus.{name}", bus, found)
         for rule in self.interference:
             found[f"interference.{rule.victim}.{rule.aggressor}"] = rule.share
         if self.idle:
@@ -285,8 +329,7 @@ class Device(Frozen):
         for key, engine in self.engine.items():
             if key.split("/")[0] != name:
                 continue
-            update = {k: v for k in ("rate_share", "flop_share", "op_overhead", "step_overhead", "compute_precision")
-                      if (v := getattr(engine, k)) is not None}
+            update = {k: v for k in _ENGINE_SETS if (v := getattr(engine, k)) is not None}
             # Kernels of another stack: what was measured of each phase is not about it.
             changed[engine.agent] = changed[engine.agent].model_copy(update={**update, "kernel_overhead": {}})
         model = self.cost_model

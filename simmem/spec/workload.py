@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from simmem.errors import SpecError
+from simmem.errors import SpecError, UnknownNameError
 from simmem.spec.model import Model
 from simmem.spec.precision import FILE, PRECISIONS
 
-__all__ = ["Workload"]
+__all__ = ["Workload", "mixed_precisions"]
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,8 @@ class Workload:
     batch: int = 1
     weights: str = "fp16"
     kv: str = "fp16"
+    mixed: tuple[tuple[str, str], ...] = ()
+    """(tensor group, precision) of groups that are kept at another precision than `weights`, each once."""
 
     def __post_init__(self) -> None:
         for name, flag in (("prompt_tokens", "--prompt"), ("new_tokens", "--new-tokens"), ("batch", "--batch")):
@@ -29,17 +32,45 @@ class Workload:
         for name, flag, known in (("weights", "--weights", (*PRECISIONS, FILE)), ("kv", "--kv", PRECISIONS)):
             if getattr(self, name) not in known:
                 raise SpecError(f"found {getattr(self, name)!r}, expected one of {', '.join(known)}", key=flag)
+        if self.mixed and self.weights == FILE:
+            raise SpecError("a file says itself in which precision each tensor is; name no others", key="--weights")
+        groups = [group for group, _ in self.mixed]
+        for group, precision in self.mixed:
+            if precision not in PRECISIONS:
+                raise SpecError(f"found {precision!r}, expected one of {', '.join(PRECISIONS)}",
+                                key=f"--weights.{group}")
+            if groups.count(group) > 1:
+                raise SpecError("is named twice", key=f"--weights.{group}")
+
+    def precision_of(self, group: str) -> str:
+        """The precision that a tensor group is kept at."""
+        return dict(self.mixed).get(group, self.weights)
+
+    @property
+    def precisions(self) -> tuple[str, ...]:
+        """Every precision that weights are kept at, the general one first."""
+        return tuple(dict.fromkeys((self.weights, *(precision for _, precision in self.mixed))))
+
+    @property
+    def label(self) -> str:
+        """The precision of the weights in words: "int4", or "bf16 (attention int4, experts int2)"."""
+        own = ", ".join(f"{group} {precision}" for group, precision in self.mixed)
+        return f"{self.weights} ({own})" if own else self.weights
 
     def at(self, weights: str) -> Workload:
         """The same workload with weights at another precision."""
         return replace(self, weights=weights)
 
     def check(self, model: Model) -> None:
-        """Raise SpecError where the context does not fit the model."""
+        """Raise SpecError where the context does not fit the model, or a precision is asked for what it has not."""
         limit = model.architecture.max_positions
         if self.prompt_tokens + self.new_tokens > limit:
             raise SpecError(f"a context of {self.prompt_tokens} + {self.new_tokens} tokens is past the "
                             f"{limit} that {model.name} has positions for", key="--prompt")
+        known = [group.name for group in model.groups()]
+        for group, _ in self.mixed:
+            if group not in known:
+                raise UnknownNameError(f"tensor group of {model.name}", group, known, key="--weights")
 
     @property
     def context_tokens(self) -> int:
@@ -60,6 +91,21 @@ class Workload:
     def mean_prompt_window(self, window: int | None) -> float:
         """Mean over the prompt's tokens of what a layer that looks back `window` tokens attends to, itself included."""
         return _mean_of_least(1, self.prompt_tokens, window or self.prompt_tokens)
+
+
+def mixed_precisions(given: str | Mapping[str, str]) -> tuple[tuple[str, str], ...]:
+    """(group, precision) pairs from a table, or from a text such as "attention=int4,experts=int2".
+
+    Raises SpecError naming what is no such pair; `Workload` checks the precisions, `Workload.check` the groups.
+    """
+    if isinstance(given, str):
+        pairs = [part.partition("=") for part in given.split(",")]
+        for group, equals, precision in pairs:
+            if not (group.strip() and equals and precision.strip()):
+                raise SpecError(f"found {given!r}, expected pairs such as attention=int4,experts=int2",
+                                key="--weights")
+        return tuple((group.strip(), precision.strip()) for group, _, precision in pairs)
+    return tuple((str(group), str(precision)) for group, precision in given.items())
 
 
 def _mean_of_least(first: int, last: int, limit: int) -> float:

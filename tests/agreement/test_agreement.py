@@ -13,7 +13,7 @@ from scipy.optimize import linprog
 from simmem.cost.roofline import durations
 from simmem.errors import SpecError
 from simmem.planner.candidate import contention_of
-from simmem.policy.base import policies
+from simmem.policy.base import Block, Policy
 from simmem.policy.context import Context
 from simmem.schedule import DemandClass, Durations, OpKind, Schedule, ScheduleBuilder
 from simmem.sim import events as events_module
@@ -24,9 +24,8 @@ from tests.strategies import (
     any_durations,
     column_of,
     contentions,
-    contexts,
     devices,
-    policy_blocks,
+    plans,
     rows_of,
     schedules,
     seeds,
@@ -96,10 +95,11 @@ def test_contends_is_a_proof(case: tuple[Schedule, Durations, Contention]) -> No
                 assert getattr(forced, name) == pytest.approx(getattr(plain, name), rel=1e-12, abs=0)
 
 
-@given(contexts(), st.sampled_from(sorted(policies())), st.data())
-def test_every_token_of_every_policy(context: Context, name: str, data: st.DataObject) -> None:
-    policy = policies()[name]
-    block = data.draw(policy_blocks(policy, context, 2))
+@MANY
+@given(plans(n=2))
+def test_every_token_of_every_policy(case: tuple[Context, Policy, Block]) -> None:
+    """Decode and prefill, one agent or several: equal on dedicated resources, a lower bound on shared ones."""
+    context, policy, block = case
     contention = contention_of(context)
     for schedule in (policy.decode(context, block, rows_of(context, policy)), policy.prefill(context, block)):
         took = durations(schedule, context.device)

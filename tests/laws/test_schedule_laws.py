@@ -22,8 +22,9 @@ from simmem.policy.context import Context, Replayed
 from simmem.policy.layers import Demands, decode_schedule, prefill_schedule
 from simmem.schedule import DemandClass, Durations, OpKind, Schedule, ScheduleBuilder
 from simmem.sim.analytic import analytic
-from simmem.sim.events import Contention, events
+from simmem.sim.events import events
 from simmem.sim.timeline import critical_path, occupancy
+from tests.laws.running import alone_s, assert_in_order, shared_s, slowed
 from tests.strategies import (
     MANY,
     any_durations,
@@ -31,6 +32,7 @@ from tests.strategies import (
     contentions,
     contexts,
     devices,
+    plans,
     policy_blocks,
     rich,
     rows_of,
@@ -41,13 +43,8 @@ from tests.strategies import (
 )
 
 Case = tuple[Context, Policy, Block]
-POLICIES = sorted(policies())
-
-
-@st.composite
-def cases(draw: st.DrawFn, names: tuple[str, ...] = (), n: int = 4) -> Case:
-    context, policy = draw(contexts()), policies()[draw(st.sampled_from(names or POLICIES))]
-    return context, policy, draw(policy_blocks(policy, context, n))
+READS_AND_HANDS_ON = ("resident", "stream", "flash-window", "layer-stream")
+"""Policies of one agent that keep nothing in host memory of what they read for an agent beyond it."""
 
 
 def decoded(case: Case) -> tuple[Schedule, Durations]:
@@ -60,7 +57,7 @@ def decoded(case: Case) -> tuple[Schedule, Durations]:
 
 
 @MANY
-@given(cases())
+@given(plans())
 def test_bytes_are_conserved(case: Case) -> None:
     """Class by class, op by op, interval by interval and in the prediction: the same bytes."""
     context, policy, block = case
@@ -88,7 +85,7 @@ def test_bytes_are_conserved(case: Case) -> None:
 
 
 @MANY
-@given(cases())
+@given(plans(READS_AND_HANDS_ON))
 def test_what_is_read_for_an_agent_passes_every_link_to_it(case: Case) -> None:
     context, _, block = case
     schedule, _ = decoded(case)
@@ -112,7 +109,7 @@ def test_with_nothing_resident_every_weight_that_is_multiplied_is_read(context: 
 
 
 @MANY
-@given(cases(), st.booleans())
+@given(plans(), st.booleans())
 def test_no_tier_ever_holds_more_than_its_footprint(case: Case, shared: bool) -> None:
     context, policy, block = case
     footprint = policy.footprint(context, block)
@@ -135,16 +132,7 @@ def test_one_op_at_a_time_on_a_stream(data: st.DataObject) -> None:
     took = data.draw(any_durations(schedule))
     contention = data.draw(st.none() | contentions(schedule, device))
     for i in range(schedule.n_candidates):
-        run = events(schedule.column(i), column_of(took, i), contention)
-        present = schedule.present[schedule.op_class, i]
-        for stream_index in range(len(schedule.streams)):
-            ops = np.flatnonzero(present & (schedule.op_stream == stream_index))
-            assert (run.start_s[ops][1:] >= run.free_s[ops][:-1]).all(), "in program order, none before the last"
-            assert (run.free_s[ops] >= run.start_s[ops]).all()
-        for op, deps in enumerate(schedule.deps):
-            assert all(run.end_s[d] <= run.start_s[op] for d in deps)
-            if not present[op]:
-                assert run.start_s[op] == run.end_s[op] == max((run.end_s[d] for d in deps), default=0.0)
+        assert_in_order(events(schedule.column(i), column_of(took, i), contention))
 
 
 # ------------------------------------------------------------------------------------------------ time
@@ -159,22 +147,9 @@ def test_no_run_is_faster_than_a_resource(data: st.DataObject) -> None:
     contention = data.draw(contentions(schedule, device))
     runs = analytic(schedule, took)
     for i in range(schedule.n_candidates):
-        alone = {"link": 0.0, "agent": 0.0}
-        for name, link in device.link.items():
-            of = [k for k in schedule.op_class if schedule.classes[k].link == name]
-            n_bytes = sum(schedule.bytes[f"link.{name}"][k, i] for k in of)
-            alone["link"] = max(alone["link"], n_bytes / link.rate.value)
-        for name, agent in device.agent.items():
-            of = [k for k in schedule.op_class if schedule.classes[k].agent == name]
-            peak = max(f.value for f in agent.flop_per_s.values())
-            n_bytes = sum(schedule.bytes[f"memory.{agent.memory}"][k, i] for k in of)
-            alone["agent"] = max(alone["agent"], n_bytes / agent.rate.value, sum(schedule.flop[of, i]) / peak)
-        assert runs.makespan_s[i] >= max(alone.values()) * (1 - 1e-9)
+        assert runs.makespan_s[i] >= alone_s(schedule, device, i) * (1 - 1e-9)
         shared = events(schedule.column(i), column_of(took, i), contention).makespan_s
-        for resource in contention.capacity_bytes_per_s:
-            if resource in schedule.bytes:
-                n_bytes = schedule.bytes[resource][schedule.op_class, i].sum()
-                assert shared >= n_bytes / contention.available(resource) * (1 - 1e-9)
+        assert shared >= shared_s(schedule, contention, i) * (1 - 1e-9)
 
 
 @MANY
@@ -187,20 +162,19 @@ def test_all_durations_times_c_is_the_makespan_times_c(data: st.DataObject, c: f
     expected = c * analytic(schedule, took).makespan_s
     assert analytic(schedule, slower).makespan_s == pytest.approx(expected, rel=1e-12, abs=0)
     given_s = data.draw(contentions(schedule, device))
-    scaled = Contention({k: v / c for k, v in given_s.capacity_bytes_per_s.items()}, given_s.interference,
-                        given_s.background, given_s.queue_limit)
+    scaled = slowed(given_s, c)
     for i in range(min(schedule.n_candidates, 2)):
         base = events(schedule.column(i), column_of(took, i), given_s)
         other = events(schedule.column(i), column_of(slower, i), scaled)
         assert other.end_s == pytest.approx(c * base.end_s, rel=1e-9, abs=0)
 
 
-RATES = ("rate", "request_rate", "single_rate", "rate_share", "flop_share")
-TIMES = ("latency", "request_time", "op_overhead", "step_overhead")
+RATES = ("rate", "request_rate", "single_rate", "rate_share", "flop_share", "cache", "cache_rate", "attention_rate")
+TIMES = ("latency", "request_time", "op_overhead", "step_overhead", "graph_overhead")
 
 
 @MANY
-@given(cases(), seeds())
+@given(plans(), seeds())
 def test_alone_on_its_resources_a_slower_part_never_helps(case: Case, rng: np.random.Generator) -> None:
     context = case[0]
     schedule, took = decoded(case)
@@ -379,7 +353,7 @@ def test_hits_never_fall_with_the_window_where_memory_is_no_limit(context: Conte
 
 @pytest.mark.parametrize("columns", [1, 7, 4096])
 @MANY
-@given(case=cases(n=6))
+@given(case=plans(n=6))
 def test_the_score_does_not_depend_on_the_block(columns: int, case: Case) -> None:
     context, policy, block = case
     rows = rows_of(context, policy)

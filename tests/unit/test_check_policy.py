@@ -23,6 +23,13 @@ NEUTRAL: dict[str, list[tuple[dict[str, Any], dict[str, Any]]]] = {
     "resident": [],
     "stream": [({"resident_ratio": 1.0, "prefetch_layers": 0, "reader_threads": 1},
                 {"resident_ratio": 1.0, "prefetch_layers": 2, "reader_threads": 64})],
+    "layer-split": [],
+    "layer-stream": [({"resident_layers": 13, "buffers": 1, "source_tier": "host"},
+                      {"resident_layers": 13, "buffers": 3, "source_tier": "storage"})],
+    "tier-percent": [({"cpu_attention": True, "kv_percent": (100.0, 0.0)},
+                      {"cpu_attention": False, "kv_percent": (100.0, 0.0)})],
+    "hot-cold": [],
+    "expert-cache": [],
     "flash-window": [({"predictor": "none", "window_tokens": 0, "bundled": True, "coalesce": False},
                       {"predictor": "none", "window_tokens": 2, "bundled": False, "coalesce": True})],
 }

@@ -152,7 +152,7 @@ def _notes(context: Context, streamed_layers: Array) -> list[str]:
     found = []
     if streamed_layers.any():
         found.append(f"all {experts.count} experts of a layer are read for every token, which uses "
-                     f"{experts.per_token}: no policy here fetches only the chosen ones yet")
+                     f"{experts.per_token}: expert-cache fetches only the chosen ones")
     if batch > 1:
         touched = touched_experts(experts.count, experts.per_token, batch)
         found.append(f"routing is taken as uniform: the {batch} sequences then use {touched:.1f} of {experts.count} "
