@@ -1,4 +1,4 @@
-"""How far from what was measured are FlexGen's own formulas, a plain roofline, GenZ and simmem, and how long do they take?
+"""How far from what was measured are FlexGen's formulas, a plain roofline, GenZ and simmem, and how long do they take?
 
 The rows are FlexGen's on its T4 node (validate/references/flexgen.toml), those that are judged at the nominal disk.
 simmem predicts from sourced figures of the parts, with one of FlexGen's fitted constants (its CPU's attention);

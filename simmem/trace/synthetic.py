@@ -77,6 +77,8 @@ class SyntheticSpec(Frozen):
     """The same for other models of the family, where something about them is known."""
     concentration: Figure
     """The s of the window law."""
+    attention_active_share: Ratio | None = None
+    """Share of the attention heads that a token uses; all of them where nothing was published."""
     layer_profile: tuple[tuple[float, float], ...] = ((0.0, 1.0),)
     """Activity by depth: knots (0 = first layer … 1 = last, relative to the mean), linear between."""
     layer_profile_source: str = Field(default="not published: the same in every layer", min_length=4)
@@ -268,6 +270,7 @@ def _thresholds(spec: SyntheticSpec, model: Model, rng: np.random.Generator, bat
 def _provenance(spec: SyntheticSpec, share: float, share_range: tuple[float, float] | None, batch: int
                 ) -> dict[str, Any]:
     low, high = spec.active_share.factors if share_range is None else (end / share for end in share_range)
+    heads = spec.attention_active_share
     return {
         "law": "unit i used by each token independently with p_i ~ Beta(m s, (1-m) s)",
         "published_for": spec.published_for,
@@ -278,6 +281,8 @@ def _provenance(spec: SyntheticSpec, share: float, share_range: tuple[float, flo
         "predictor_params_share": {"value": spec.predictor_params_share.value,
                                    "kind": spec.predictor_params_share.kind.value,
                                    "source": spec.predictor_params_share.source},
+        **({} if heads is None else {"attention_active_share": {
+            "value": heads.value, "kind": heads.kind.value, "source": heads.source, "factors": list(heads.factors)}}),
         "layer_profile": [list(knot) for knot in spec.layer_profile],
         "layer_profile_source": spec.layer_profile_source,
         "fitted_to": [statistic.model_dump() for statistic in spec.statistics],

@@ -10,7 +10,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, PositiveFloat, model_validator
@@ -54,7 +54,8 @@ class ReferenceRow(Frozen):
     workload: _Workload = _Workload()
     budget: _Budget = _Budget()
     trace: str | None = None
-    quantity: str | Annotated[dict[Literal["ratio"], tuple[str, str]], Field(min_length=1)]
+    quantity: str | dict[str, tuple[str, ...]]
+    """A path into the plan; or of rows before it: the ratio of two, or the mean of some."""
     published: PositiveFloat
     unit: str
     tolerance: float = Field(gt=0, le=10)
@@ -72,6 +73,10 @@ class ReferenceRow(Frozen):
             raise ValueError("a row needs a device and a model")
         if self.knobs and self.policy is None:
             raise ValueError("knobs belong to a policy: name it")
+        if isinstance(self.quantity, dict):
+            counts = {what: len(names) for what, names in self.quantity.items()}
+            if counts != {"ratio": 2} and not (set(counts) == {"mean"} and counts["mean"] > 1):
+                raise ValueError("expected a path into the plan, { ratio = [two rows] } or { mean = [two or more] }")
         return self
 
 
@@ -179,15 +184,16 @@ def _judge(raw: Any, path: Path, plans: dict[str, Plan | SimmemError], values: d
     bounds: tuple[float, float] | None = None
     try:
         if isinstance(row.quantity, dict):
-            above, below = row.quantity["ratio"]
-            for name in (above, below):
+            ((what, names),) = row.quantity.items()
+            for name in names:
                 if name not in values:
-                    raise SpecError(f"the ratio names the row {name!r}, which stands nowhere before it",
+                    raise SpecError(f"the {what} names the row {name!r}, which stands nowhere before it",
                                     file=str(path), key=f"{row.id}.quantity")
-            if not values[below]:
-                raise SpecError(f"the row {below!r} below the line predicts 0", file=str(path),
+            if what == "ratio" and not values[names[1]]:
+                raise SpecError(f"the row {names[1]!r} below the line predicts 0", file=str(path),
                                 key=f"{row.id}.quantity")
-            predicted = values[above] / values[below]
+            predicted = (values[names[0]] / values[names[1]] if what == "ratio"
+                         else float(np.mean([values[name] for name in names])))
         else:
             plan = _plan(row, path, plans)
             predicted = _number(plan, row.quantity, path, row.id)
@@ -211,9 +217,6 @@ def _judge(raw: Any, path: Path, plans: dict[str, Plan | SimmemError], values: d
 
 def _plan(row: ReferenceRow, path: Path, plans: dict[str, Plan | SimmemError]) -> Plan:
     w = row.workload
-    if isinstance(w.weights, dict):
-        raise SpecError("weights per tensor group need a policy that mixes precisions; none of those here does",
-                        file=str(path), key=f"{row.id}.workload.weights")
     engine = re.sub(r"[^a-z0-9]+", "-", row.system.lower()).strip("-")
     key = json.dumps([row.device, row.model, row.policy, row.knobs, w.model_dump(), row.budget.model_dump(), row.trace,
                       engine, str(path.parent)], sort_keys=True, default=str)

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from simmem.trace.routing import misses_by_layer
 from simmem.trace.store import load_trace_file
 from tests.cli.running import Simmem
 
@@ -80,13 +81,18 @@ def test_a_log_becomes_a_trace_that_can_be_replayed(simmem: Simmem, log: Path, t
     assert simmem("replay", out).code == 0
 
 
-def test_no_policy_plans_with_routing_yet(simmem: Simmem, log: Path, tmp_path: Path) -> None:
+def test_expert_cache_plans_with_routing(simmem: Simmem, log: Path, tmp_path: Path) -> None:
     out = tmp_path / "routing.safetensors"
     assert simmem("import", log, "--out", out, *MAPPING, *SIZES).code == 0
-    for model, words in ((tmp_path / "toy-moe.toml", "is a routing trace (of experts), which `simmem replay` uses"),
-                         ("opt-125m", "2 layers of 8 experts, opt-125m has none")):
-        ended = simmem("plan", "--device", "m1-max", "--model", model, "--trace", out)
-        assert ended.code == 2 and words in ended.err, ended.err
+    asked = ("--device", "a6000", "--model", tmp_path / "toy-moe.toml", "--trace", out, "--weights", "bf16")
+    plan = simmem("plan", *asked, "--policy", "expert-cache", "--set", "experts_per_layer=3", "--json").document
+    trace = load_trace_file(out)
+    missed = misses_by_layer(trace, plan["policy"]["knobs"]["cache_policy"], np.array([3]), cold_tokens=20).missed
+    timed = slice(80 // 3, None)  # every token with a full window before it
+    hits = 1 - missed[timed].sum() / trace.active_counts[timed].sum()
+    assert plan["predicted"]["cache"]["experts"]["hit_ratio"] == pytest.approx(hits)
+    ended = simmem("plan", "--device", "m1-max", "--model", "opt-125m", "--trace", out)
+    assert ended.code == 2 and "2 layers of 8 experts, opt-125m has none" in ended.err, ended.err
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])

@@ -99,17 +99,26 @@ def test_statuses(tmp_path: Path) -> None:
     assert document.summary.n == 2 and document.summary.max == pytest.approx(0.5)
 
 
-def test_ratio_of_two_rows(tmp_path: Path) -> None:
-    path = _file(tmp_path, {"id": "a"}, {"id": "b", "quantity": "predicted.first_token_s"})
-    path.write_text(path.read_text() + """
+OF_ROWS = """
 [[row]]
-id = "c"
+id = "{id}"
 system = "nobody"
-quantity = { ratio = ["b", "a"] }
+quantity = {quantity}
 published = 1.0
 unit = "1"
 tolerance = 10
 source = "made up by a test"
-""")
-    a, b, c = reproduce(files=[path]).rows
+"""
+
+
+def test_ratio_and_mean_of_rows(tmp_path: Path) -> None:
+    path = _file(tmp_path, {"id": "a"}, {"id": "b", "quantity": "predicted.first_token_s"})
+    asked = {"c": '{ ratio = ["b", "a"] }', "d": '{ mean = ["a", "b"] }', "e": '{ mean = ["a", "z"] }',
+             "f": '{ ratio = ["a", "b", "a"] }', "g": '{ mean = ["a", "b"], ratio = ["a", "b"] }'}
+    path.write_text(path.read_text() + "".join(OF_ROWS.format(id=i, quantity=q) for i, q in asked.items()))
+    a, b, c, d, *wrong = reproduce(files=[path]).rows
     assert a.predicted and b.predicted and c.predicted == pytest.approx(b.predicted / a.predicted)
+    assert d.predicted == pytest.approx((a.predicted + b.predicted) / 2)
+    form = "expected a path into the plan, { ratio = [two rows] } or { mean = [two or more] }"
+    for row, message in zip(wrong, ("names the row 'z', which stands nowhere before it", form, form), strict=True):
+        assert row.status == "error" and row.message is not None and message in row.message, row.message

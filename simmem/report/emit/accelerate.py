@@ -121,7 +121,15 @@ def _flash_window(asked: Asked) -> Emission:
         "is read again for each token" + asked.instead_of_this())
 
 
-POLICIES: dict[str, Realise] = {"resident": _resident, "stream": _stream, "flash-window": _flash_window}
+def _layer_split(asked: Asked) -> Emission:
+    return cannot(
+        NAME, [f"compute layers out of {asked.context.device.host} while others are on the GPU: a module that is kept "
+               "there is copied to the GPU for every token"],
+        "the same layers, copied for every token: plan them with --policy stream --set source_tier=host")
+
+
+POLICIES: dict[str, Realise] = {"resident": _resident, "stream": _stream, "flash-window": _flash_window,
+                                "layer-split": _layer_split}
 """Policy -> what accelerate does with it."""
 
 

@@ -113,7 +113,48 @@ def _flash_window(asked: Asked) -> Emission:
         "whole layers: all weights for each token but what the page cache kept" + asked.instead_of_this())
 
 
-POLICIES: dict[str, Realise] = {"resident": _resident, "stream": _stream, "flash-window": _flash_window}
+def _layer_split(asked: Asked) -> Emission:
+    n_layers, given = asked.model.architecture.n_layers, int(asked.plan.policy.knobs["gpu_layers"])
+    kind, held = _weights(asked)
+    over = _split_over_budget(asked, sum(held.values()) / asked.context.total_bytes)
+    if over:
+        return cannot(NAME, over, "a plan for a smaller budget, which leaves room for it")
+    differs = []
+    if given <= n_layers:
+        differs.append("the CPU uses as many threads as llama.cpp finds cores; --threads changes that")
+    if _kv_bytes(asked) > asked.context.kv_bytes * 1.001:
+        differs.append(f"keys and values take {size(_kv_bytes(asked))} for {size(asked.context.kv_bytes)}: contexts "
+                       f"are rounded up to {_context_tokens(asked)} tokens")
+    placement = ["--n-gpu-layers", str(given), "--load-mode", "none"]
+    if not given:  # with 0 layers alone the GPU would still take long prompts
+        placement = ["--device", "none", *placement]
+    return _told(asked, kind, placement, differs=differs, exact=True)
+
+
+def _split_over_budget(asked: Asked, growth: float) -> list[str]:
+    """Which tiers llama.cpp's formats overfill, weights being `growth` times the plan's and contexts rounded up."""
+    found = []
+    kv_growth = _kv_bytes(asked) / asked.context.kv_bytes
+    for tier in asked.plan.memory:
+        here = [r for r in asked.plan.residency if r.tier == tier and tier != asked.context.device.storage]
+        kv = sum(r.bytes for r in here if r.tensors == "keys and values")
+        weights = sum(r.bytes for r in here if "layers" in r.tensors)
+        missing = asked.over_budget(tier, (growth - 1.0) * weights + (kv_growth - 1.0) * kv) if here else 0.0
+        if missing:
+            found.append(f"fit: its formats take {size(missing)} more of {tier} than the budget")
+    return found
+
+
+def _hot_cold(asked: Asked) -> Emission:
+    return cannot(
+        NAME, ["multiply only the neurons that a predictor asks for: every row of every matrix is multiplied",
+               "put some neurons of a layer on the GPU and others on the CPU, side by side: a tensor is on one"],
+        "whole layers on the GPU and the others on the CPU: plan that with --policy layer-split. PowerInfer, a fork "
+        "of llama.cpp, does such plans" + asked.instead_of_this())
+
+
+POLICIES: dict[str, Realise] = {"resident": _resident, "stream": _stream, "flash-window": _flash_window,
+                                "layer-split": _layer_split, "hot-cold": _hot_cold}
 """Policy -> what llama.cpp does with it."""
 
 

@@ -1,0 +1,374 @@
+"""PowerInfer: frequently used neurons in the GPU's memory, the others in the host's; both compute what a token needs.
+
+Song et al., arXiv 2312.12456 (SOSP 2024). A predictor per layer says which neurons a token uses. Those in the GPU's
+memory are multiplied there, the others by the CPU out of host memory, at the same time, and the results are added: no
+weights move while decoding (§5). Attention is placed by heads, as skipped heads are with the FFN's neurons (§5.1), and
+its keys and values lie in host memory (as in its evaluation) or beside their heads. Which neurons lie where is chosen
+by how often profile tokens used them (§6), under the GPU's capacity; here for the least time
+(`simmem.policy.placement`).
+
+Tokens that are timed are never those that frequencies were counted on (`simmem.trace.hot`). Within a class of equally
+frequent units the hot ones are a share: which of them they are is left open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmem.policy.base import Block, Knob, Placement, register
+from simmem.policy.context import Context
+from simmem.policy.families._hot_cold_ops import Parts, decode_ops, prompt_ops
+from simmem.policy.families._predicted import predictor_knobs, said_of_predictor, unknown_cost
+from simmem.policy.families._two_agents import gpu_knob, host_of, output_bytes, pass_through_bytes, why_not_two
+from simmem.policy.placement import Balance, Stage
+from simmem.schedule import Schedule
+from simmem.trace.hot import HotTable
+from simmem.trace.trace import TraceHeader
+
+__all__ = ["HotCold"]
+
+Array = NDArray[np.float64]
+
+SIZES = 9
+"""Sizes of the GPU's part that are searched; the largest that fits is added to them."""
+REFINE_STEPS = 48
+"""Sizes tried at once where that one is looked for; twice, so it is found to a two-thousandth of the range."""
+ATTENTION_KERNELS, FFN_KERNELS = 7, 3
+"""Kernels that the CPU runs for its part of a stage, besides what it reads."""
+
+
+@dataclass(frozen=True)
+class _Split:
+    """What lies in the GPU's memory, for each candidate of a block."""
+
+    heads: Array
+    """(n_layers, n) share of the attention heads of each layer."""
+    classes: Array
+    """(n_layers, C, n) share of each class of neurons."""
+    placed_bytes: Array
+    """Of both together, (n,). [B]"""
+    kv_bytes: Array
+    """Keys and values in the GPU's memory, (n,). [B]"""
+    gap: Array | None
+    """Share by which the best placement could be faster, (n,); None where frequencies do not decide."""
+
+
+@register
+class HotCold:
+    """Hot neurons on the GPU, cold ones on the CPU, side by side."""
+
+    name = "hot-cold"
+    summary = "frequently used neurons on the GPU, the others on the CPU beside it"
+    uses_trace = True
+
+    def why_not(self, context: Context) -> str | None:
+        """Why this policy cannot plan a context; None where it can."""
+        if context.trace is None:
+            return f"it needs a trace of which neurons {context.model.name} uses"
+        alone = why_not_two(context)
+        if alone is None and len(context.table.tokens) == context.trace.header.n_tokens:
+            return f"the trace {context.trace.header.name} has no tokens beside those that are timed"
+        return alone
+
+    def applies(self, context: Context) -> bool:
+        return self.why_not(context) is None
+
+    def knobs(self, context: Context) -> tuple[Knob, ...]:
+        if not self.applies(context):
+            return ()
+        _, predictor = predictor_knobs(context)
+        low = max(self._fixed_bytes(context, str(p)) for p in (*predictor.values, *predictor.unsearched))
+        high = low + self._movable_bytes(context)
+        return (
+            gpu_knob(context),
+            predictor,
+            Knob("placement", "structural", ("frequency",), "what decides where a neuron lies", default="frequency",
+                 unsearched=("layer", "random"),
+                 hint="layer fills whole layers in their order, random takes neurons blindly"),
+            Knob("kv_cache", "structural", ("host", "with-heads"), "where keys and values lie", default="host"),
+            Knob("gpu_weight_bytes", "demand", tuple(np.linspace(low, high, SIZES).tolist()),
+                 "weights in the GPU's memory, predictor and output projection included, in bytes", low=low,
+                 high=high),
+        )
+
+    def agents(self, context: Context, block: Block) -> tuple[str, ...]:
+        return str(block.structural["agent"]), host_of(context)
+
+    def refine(self, context: Context, block: Block, fixed: Mapping[str, object]) -> Block:
+        """Add the largest part that fits the GPU: memory grows with it, so two looks at the range find it."""
+        if "gpu_weight_bytes" in fixed:
+            return block
+        gpu = context.memory_of(str(block.structural["agent"]))
+        sizes = block.columns["gpu_weight_bytes"]
+        low, high = float(sizes.min()), float(sizes.max())
+        for _ in range(2):
+            tried = np.linspace(low, high, REFINE_STEPS)
+            used = self.footprint(context, Block(block.structural, {"gpu_weight_bytes": tried}))[gpu]
+            fitting = int((used <= context.budget_bytes[gpu]).sum())
+            if fitting in (0, REFINE_STEPS):
+                return block
+            low, high = float(tried[fitting - 1]), float(tried[fitting])
+        return Block(block.structural, {"gpu_weight_bytes": np.append(sizes, low)})
+
+    # --- what is there to place -----------------------------------------------------------------
+
+    def _heads(self, context: Context) -> int:
+        """Attention heads that are placed apart: those that share keys and values stay together."""
+        return context.model.architecture.n_kv_heads
+
+    def _attention_bytes(self, context: Context) -> float:
+        """Attention of one layer. [B]"""
+        return context.group_bytes["attention"] / context.model.architecture.n_layers
+
+    def _neuron_bytes(self, context: Context) -> float:
+        """All neurons. [B]"""
+        a = context.model.architecture
+        return context.unit_bytes * a.d_ff * a.n_layers
+
+    def _movable_bytes(self, context: Context) -> float:
+        return context.group_bytes["attention"] + self._neuron_bytes(context)
+
+    def _predictor_bytes(self, context: Context, predictor: str) -> float:
+        if predictor != "low-rank":
+            return 0.0
+        trace = context.asking(predictor, 0).trace
+        assert trace is not None
+        return trace.header.predictor_params_share * context.total_bytes
+
+    def _fixed_bytes(self, context: Context, predictor: str) -> float:
+        """On the GPU whatever the knobs: predictor, output projection, norms, an FFN's rest beside neurons. [B]"""
+        known = context.asking(predictor, 0)
+        beside = known.group_bytes["ffn"] - self._neuron_bytes(known)
+        return (output_bytes(context) + known.group_bytes.get("norms", 0.0) + beside
+                + self._predictor_bytes(context, predictor))
+
+    def _host_fixed_bytes(self, context: Context) -> float:
+        """In host memory whatever the knobs: embeddings that are only looked up. [B]"""
+        untied = 0.0 if context.model.architecture.tied_head else context.group_bytes["embedding"]
+        return untied + context.group_bytes.get("positions", 0.0)
+
+    def _attention_share(self, context: Context, predictor: str) -> float:
+        """Share of the heads that a step uses, its sequences together; all where nothing is known of it."""
+        assert context.trace is not None
+        stated = context.trace.header.statistics.get("attention_active_share")
+        if stated is None or predictor == "none":
+            return 1.0
+        return float(1.0 - (1.0 - stated["value"]) ** context.workload.batch)
+
+    def _table(self, context: Context, predictor: str) -> HotTable:
+        """Classes of neurons, of those that the predictor asks for."""
+        known = context.asking(predictor, 0)
+        assert known.replayed is not None
+        return known.replayed.hot
+
+    def _stages(self, context: Context, block: Block) -> list[Stage]:
+        """Attention of every layer, then the FFN of every layer."""
+        predictor = str(block.structural["predictor"])
+        table, known, dense = self._table(context, predictor), context.asking(predictor, 0), predictor == "none"
+        gpu, host = self.agents(context, block)
+        near, far = context.memory_of(gpu), context.device.host
+        links = sum(context.device.link[name].latency.value
+                    for name in (*context.device.path(near, far), *context.device.path(far, near)))
+        join = links + context.agent(gpu).op_overhead.value
+        kernel, heads = context.agent(host).op_overhead.value, self._heads(context)
+        attention = Stage(np.array([self._attention_share(context, predictor)]), np.array([float(heads)]),
+                          self._attention_bytes(context) / heads, join + ATTENTION_KERNELS * kernel)
+        cold_ffn = join + FFN_KERNELS * kernel
+        ffn = [Stage(np.ones_like(f) if dense else f, u.astype(np.float64), known.unit_bytes, cold_ffn)
+               for f, u in zip(table.frequency, table.units, strict=True)]
+        return [attention] * len(ffn) + ffn
+
+    def _placed(self, context: Context, block: Block, rooms: Array) -> tuple[tuple[Array, ...], Array | None]:
+        """Units of each stage's classes in the GPU's memory, and the gap to the best placement."""
+        how, key = block.structural["placement"], ("balance", block.structural["predictor"], block.structural["agent"])
+        if key not in context.memo:
+            fast, slow = (1.0 / (agent.rate.value * agent.rate_share.value)
+                          for agent in map(context.agent, self.agents(context, block)))
+            context.memo[key] = Balance(self._stages(context, block), fast, slow)
+        balance: Balance = context.memo[key]
+        if how == "frequency":
+            placed = balance.at(rooms)
+            return placed.units, placed.gap
+        stages = balance.stages
+        sizes = np.array([float(s.units.sum()) * s.unit_bytes for s in stages])
+        if how == "random":
+            shares = np.tile(np.clip(rooms / sizes.sum(), 0.0, 1.0), (len(stages), 1))
+        else:  # a layer's attention, its FFN, the next layer's
+            order = np.arange(len(stages)).reshape(2, -1).T.reshape(-1)
+            before = np.zeros(len(stages))
+            before[order] = np.cumsum(sizes[order]) - sizes[order]
+            shares = np.clip((rooms[None, :] - before[:, None]) / sizes[:, None], 0.0, 1.0)
+        return tuple(s.units[:, None] * share[None, :] for s, share in zip(stages, shares, strict=True)), None
+
+    def _split(self, context: Context, block: Block) -> _Split:
+        layers = context.model.architecture.n_layers
+        predictor = str(block.structural["predictor"])
+        rooms = block.columns["gpu_weight_bytes"].astype(np.float64) - self._fixed_bytes(context, predictor)
+        units, gap = self._placed(context, block, rooms)
+        table, heads = self._table(context, predictor), np.array(units[:layers])[:, 0] / self._heads(context)
+        neurons, near_heads = np.array(units[layers:]), _added(heads)
+        placed = (near_heads * self._attention_bytes(context)
+                  + _added(neurons.reshape(-1, len(rooms))) * context.asking(predictor, 0).unit_bytes)
+        kv = context.kv_bytes / layers if block.structural["kv_cache"] == "with-heads" else 0.0
+        return _Split(heads, neurons / np.maximum(table.units, 1)[:, :, None], placed, kv * near_heads, gap)
+
+    # --- memory ---------------------------------------------------------------------------------
+
+    def _beside(self, context: Context) -> tuple[float, float]:
+        """What GPU and host hold beside weights, keys and values: activations, slices of passing weights. [B]"""
+        passing = pass_through_bytes(context)
+        return context.working_bytes + passing, context.working_bytes
+
+    def _stored_bytes(self, context: Context, block: Block) -> float:
+        return context.total_bytes + self._predictor_bytes(context, str(block.structural["predictor"]))
+
+    def footprint(self, context: Context, block: Block) -> dict[str, Array]:
+        split, (gpu, host) = self._split(context, block), self.agents(context, block)
+        near, far = self._beside(context)
+        fixed = self._fixed_bytes(context, str(block.structural["predictor"]))
+        return {
+            context.memory_of(gpu): fixed + split.placed_bytes + split.kv_bytes + near,
+            context.memory_of(host): (self._host_fixed_bytes(context) + self._movable_bytes(context)
+                                      - split.placed_bytes + context.kv_bytes - split.kv_bytes + far),
+            context.device.storage: np.full(block.n_candidates, self._stored_bytes(context, block))}
+
+    # --- demand ---------------------------------------------------------------------------------
+
+    def _parts(self, context: Context, block: Block, split: _Split, n_rows: int = 1) -> Parts:
+        gpu, host = self.agents(context, block)
+        table = self._table(context, str(block.structural["predictor"]))
+        share = table.units / table.units.sum(axis=1, keepdims=True)
+        neurons = _added((share[:, :, None] * split.classes).swapaxes(0, 1))
+        return Parts(gpu, host, np.repeat(split.heads, n_rows, axis=1), block.structural["kv_cache"] == "host",
+                     np.repeat(neurons, n_rows, axis=1))
+
+    def _used_rows(self, context: Context, block: Block, split: _Split, rows: NDArray[np.int64]
+                   ) -> tuple[Array, Array]:
+        """Neurons a token uses on the GPU and on the CPU, both (n_layers, candidates × rows), rows fastest."""
+        table = self._table(context, str(block.structural["predictor"]))
+        active = table.active[rows].astype(np.float64)
+        if block.structural["predictor"] == "none":
+            active = np.repeat(table.units[None].astype(np.float64), len(rows), axis=0)
+        by_class = active.transpose(2, 1, 0)[:, :, None, :]  # (C, L, 1, T)
+        near = np.zeros((split.classes.shape[0], split.classes.shape[2], len(rows)))
+        for used, here in zip(by_class, split.classes.swapaxes(0, 1)[:, :, :, None], strict=True):
+            near += used * here
+        far = np.maximum(active.sum(axis=2).T[:, None, :] - near, 0.0)
+        return near.reshape(len(near), -1), far.reshape(len(far), -1)
+
+    def _held(self, context: Context, block: Block, split: _Split, n_rows: int = 1) -> dict[str, Array]:
+        gpu, host = (context.memory_of(name) for name in self.agents(context, block))
+        used = self.footprint(context, block)
+        near, far = self._beside(context)
+        return {gpu: np.repeat(used[gpu] - near, n_rows), host: np.repeat(used[host] - far, n_rows)}
+
+    def decode(self, context: Context, block: Block, rows: NDArray[np.int64]) -> Schedule:
+        split, predictor = self._split(context, block), str(block.structural["predictor"])
+        known, params = context.asking(predictor, 0), 0.0
+        if predictor not in ("none", "oracle"):
+            assert known.trace is not None
+            params = (known.trace.header.predictor_params_share * context.model.params
+                      / context.model.architecture.n_layers)
+        near, far = self._used_rows(context, block, split, rows)
+        ops, last = decode_ops(known, self._parts(known, block, split, len(rows)), near_rows=near, far_rows=far,
+                               heads_used=self._attention_share(context, predictor), predictor_params=params)
+        last = ops.op(ops.head(ops.agents[0]), deps=[last], layer=len(near))
+        step = ops.step(ops.agents[0])
+        if step is not None:
+            last = ops.op(step, deps=[last], layer=len(near))
+        return ops.build(last, self._held(context, block, split, len(rows)))
+
+    def prefill(self, context: Context, block: Block) -> Schedule:
+        split = self._split(context, block)
+        known = context.asking(str(block.structural["predictor"]), 0)
+        ops, last = prompt_ops(known, self._parts(known, block, split))
+        last = ops.op(ops.head(ops.agents[0]), deps=[last], layer=context.model.architecture.n_layers)
+        return ops.build(last, self._held(context, block, split))
+
+    # --- what to tell ---------------------------------------------------------------------------
+
+    def placements(self, context: Context, block: Block) -> list[Placement]:
+        split, predictor = self._split(context, block), str(block.structural["predictor"])
+        (gpu, host), storage = (context.memory_of(n) for n in self.agents(context, block)), context.device.storage
+        near, far = self._beside(context)
+        attention = float(split.heads[:, 0].sum()) * self._attention_bytes(context)
+        neurons = float(split.placed_bytes[0]) - attention
+        kv, predicting = float(split.kv_bytes[0]), self._predictor_bytes(context, predictor)
+        found = [
+            Placement("output projection, norms", gpu, self._fixed_bytes(context, predictor) - predicting, loaded=True),
+            Placement("predictor", gpu, predicting, loaded=True),
+            Placement("attention, hot heads", gpu, attention, loaded=True),
+            Placement("FFN neurons, hot", gpu, neurons, loaded=True),
+            Placement("attention, cold heads", host, context.group_bytes["attention"] - attention, loaded=True),
+            Placement("FFN neurons, cold", host, self._neuron_bytes(context) - neurons, loaded=True),
+            Placement("embeddings", host, self._host_fixed_bytes(context), loaded=True),
+            Placement("keys and values", gpu, kv),
+            Placement("keys and values", host, context.kv_bytes - kv),
+            Placement("activations, passing weights", gpu, near),
+            Placement("activations", host, far),
+            Placement("copy of everything", storage, self._stored_bytes(context, block)),
+        ]
+        return [p for p in found if p.bytes > 0]
+
+    def _load(self, context: Context, block: Block, split: _Split, rows: NDArray[np.int64]) -> tuple[float, float]:
+        """Bytes of active units (heads and neurons) that the GPU and the CPU multiply in a mean token. [B]"""
+        near, far = self._used_rows(context, block, split, rows)
+        known = context.asking(str(block.structural["predictor"]), 0)
+        used = self._attention_share(context, str(block.structural["predictor"])) * self._attention_bytes(context)
+        heads = split.heads[:, 0]
+        return (float(near.sum() / len(rows) * known.unit_bytes + used * heads.sum()),
+                float(far.sum() / len(rows) * known.unit_bytes + used * (1.0 - heads).sum()))
+
+    def report(self, context: Context, block: Block, rows: NDArray[np.int64]) -> dict[str, Any]:
+        with_stage = Block({**block.structural, "prefetch_layers": 0}, block.columns)
+        split, predictor = self._split(context, block), str(block.structural["predictor"])
+        unknown, trace = unknown_cost(context, with_stage), context.asking(predictor, 0).trace
+        assert trace is not None
+        gpu, host = self.agents(context, block)
+        on_gpu, on_cpu = self._load(context, block, split, rows)
+        share, held = on_gpu / (on_gpu + on_cpu), float(split.placed_bytes[0]) / self._movable_bytes(context)
+        table = self._table(context, predictor)
+        gap = None if split.gap is None else float(split.gap[0])
+        notes = [f"the {gpu} holds {100 * held:.1f} % of attention and neurons and does {100 * share:.1f} % of their "
+                 f"work; which is frequent was counted on {table.profile_tokens} tokens that are not timed"]
+        if gap is not None:
+            notes.append(f"no placement under this capacity would be more than {100 * gap:.2f} % faster, by the "
+                         "expected load")
+        if self._attention_share(context, predictor) == 1.0 and predictor != "none":
+            notes.append("every attention head is computed: the trace does not say how many a token uses")
+        notes += said_of_predictor(context, with_stage) + self._said_of_trace(context, trace.header, predictor)
+        quality = trace.header.quality if predictor != "none" else None
+        return {
+            "requested_bytes": 0.0, "cache": {}, "active_share": {gpu: share, host: 1.0 - share}, "notes": notes,
+            "perplexity_ratio": 1.0 if predictor == "none" else (
+                quality.perplexity_ratio if quality and not unknown else None),
+            "quality_source": "dense: no work is dropped" if predictor == "none" else unknown or (
+                f"{quality.text}, {quality.tokens} tokens" if quality else None),
+            "gap": gap,
+        }
+
+    def _said_of_trace(self, context: Context, header: TraceHeader, predictor: str) -> list[str]:
+        if predictor == "none":
+            return []
+        notes = []
+        if predictor == "oracle":
+            notes.append("the trace's criterion is an oracle: no predictor knew these units before they were needed, "
+                         "so a real engine will be slower")
+        if header.kind == "synthetic":
+            whose = header.statistics.get("published_for", header.model)
+            source = ("drawn from the statistics of a captured one" if "like" in header.statistics
+                      else f"fitted to what was published of {whose}, not captured")
+            notes.append(f"the trace {header.name} is synthetic: {source}")
+        elif header.model != context.model.name:
+            notes.append(f"the trace {header.name} was captured from {header.model}, not from this model")
+        return notes
+
+
+def _added(parts: Array) -> Array:
+    """The sum over the first axis, one after the other: a candidate's must not depend on how many stand beside it."""
+    return np.asarray(np.cumsum(parts, axis=0)[-1])
