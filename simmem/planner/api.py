@@ -28,7 +28,7 @@ from simmem.planner.document import (
 )
 from simmem.planner.explain import reasons
 from simmem.planner.fitted import fitted_use
-from simmem.planner.predict import alternative, law_factors, memory_use, predict, quality_of, token_seconds
+from simmem.planner.predict import alternative, felt, law_factors, memory_use, predict, quality_of, token_seconds
 from simmem.planner.question import FINAL_ROWS, Question, ask
 from simmem.planner.ranking import (
     SCORING_ROWS,
@@ -281,19 +281,20 @@ def _used_links(best: Candidate, rows: NDArray[np.int64]) -> list[str]:
 
 def _sensitivities(question: Question, best: Candidate, rows: NDArray[np.int64]) -> list[Sensitivity]:
     """The latency with one figure changed by a tenth: plan held fixed, or replanned for a capacity."""
-    base = token_seconds(best, rows)
-    found = []
     context, agent = best.context, str(best.block.structural["agent"])
+    schedule = best.policy.decode(context, best.block, rows)
+    base, found, keys = token_seconds(best, rows, schedule=schedule), [], []
     used = {*agents_of(best.policy, context, best.block), context.host_agent}
     links = {*context.path_to(agent), *_used_links(best, rows)}
     for key in uncertain_figures(context):
         part, name = key.split(".")[:2]
         if (part == "agent" and name not in used) or part == "memory" or (part, key[-6:]) == ("agent", "_share"):
             continue  # an achieved share moves the latency exactly as its rate does
-        if part == "link" and name not in links:
-            continue
-        factor = 1.0 + SENSITIVITY_CHANGE
-        change = token_seconds(best, rows, {key: factor}) / base - 1.0
+        if part != "link" or name in links:
+            keys.append(key)
+    factor = 1.0 + SENSITIVITY_CHANGE
+    for key in felt(best, schedule, keys, factor):
+        change = token_seconds(best, rows, {key: factor}, schedule) / base - 1.0
         if abs(change) >= 1e-4:
             found.append(Sensitivity(figure=key, change=SENSITIVITY_CHANGE, token_latency_change=change,
                                      replanned=False))

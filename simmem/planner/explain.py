@@ -60,10 +60,6 @@ def reasons(plan: Plan, device: Device, notes: list[str]) -> list[str]:
         parts = [f"{agent} does {format_quantity(share, 'ratio', 2)}" for agent, share in
                  sorted(busy.items(), key=lambda item: -item[1])]
         found.append(f"{', '.join(parts)} of what is multiplied")
-    gap = plan.evidence.placement_gap
-    if gap is not None:
-        found.append("no placement could be faster" if gap <= 0 else
-                     f"the best placement could be at most {format_quantity(gap, 'ratio', 2)} faster than this one")
     part, seconds = max(p.breakdown_s.items(), key=lambda item: item[1])
     found.append(f"{format_quantity(seconds / p.token_latency_s, 'ratio', 2)} of a {step} goes to {LIMITS[part]}")
     helpful = [s for s in plan.sensitivity if abs(s.token_latency_change) > 0.005]

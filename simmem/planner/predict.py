@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -28,6 +29,7 @@ __all__ = [
     "alternative",
     "column_of",
     "energy_j",
+    "felt",
     "interval_factors",
     "law_factors",
     "load_seconds",
@@ -41,23 +43,43 @@ __all__ = [
 
 Array = NDArray[np.float64]
 
+NOT_FELT = 5e-5
+"""Analytic changes of a latency below this are not worth an event run."""
 
-def timelines(candidate: Candidate, rows: NDArray[np.int64], factors: dict[str, float | Array] | None = None
-              ) -> list[Timeline]:
-    """Event runs of a decode step at each of the table rows."""
+
+def timelines(candidate: Candidate, rows: NDArray[np.int64], factors: dict[str, float | Array] | None = None,
+              schedule: Schedule | None = None) -> list[Timeline]:
+    """Event runs of a decode step at each of the table rows; `schedule` is that step's, where it is at hand."""
     context = candidate.context
-    schedule = candidate.policy.decode(context, candidate.block, rows)
+    schedule = schedule or candidate.policy.decode(context, candidate.block, rows)
     took = durations(schedule, context.device, factors)
     contention = contention_of(context, factors)
     return [events(schedule.column(i), column_of(took, i), contention) for i in range(schedule.n_candidates)]
 
 
-def token_seconds(candidate: Candidate, rows: NDArray[np.int64], changes: dict[str, float] | None = None) -> float:
+def token_seconds(candidate: Candidate, rows: NDArray[np.int64], changes: dict[str, float] | None = None,
+                  schedule: Schedule | None = None) -> float:
     """Mean token latency by the event engine, with some figures changed by a factor. [s]"""
     factors: dict[str, float | Array] = {}
     for key, factor in (changes or {}).items():
         factors.update(curve_factors(key, factor))
-    return float(np.mean([t.token_s for t in timelines(candidate, rows, factors)]))
+    return float(np.mean([t.token_s for t in timelines(candidate, rows, factors, schedule)]))
+
+
+def felt(candidate: Candidate, schedule: Schedule, keys: Sequence[str], factor: float) -> list[str]:
+    """Those of some figures whose change by a factor moves the analytic latency at all, all tried at once."""
+    n, rows = len(keys), schedule.n_candidates
+    factors: dict[str, float | Array] = {}
+    for column, key in enumerate(keys):
+        for part, value in curve_factors(key, factor).items():
+            changed = np.array(factors.get(part, np.ones(n * rows)))
+            changed[column::n] *= value
+            factors[part] = changed
+    each = schedule.repeated(n)  # figures fastest
+    device = candidate.context.device
+    seconds = analytic(each, durations(each, device, factors)).token_s.reshape(rows, n).mean(axis=0)
+    base = float(analytic(schedule, durations(schedule, device)).token_s.mean())
+    return [key for key, took in zip(keys, seconds, strict=True) if abs(took / base - 1.0) >= NOT_FELT]
 
 
 def interval_factors(candidate: Candidate, rows: NDArray[np.int64]) -> tuple[float, float]:
@@ -87,16 +109,21 @@ def law_factors(candidate: Candidate) -> dict[str, tuple[float, float]]:
 
     The plan is held fixed. Empty for a captured trace, and where the policy does not look at the trace.
     """
-    replayed = candidate.context.replayed
+    context, replayed = candidate.context, candidate.context.replayed
     if replayed is None or not candidate.policy.uses_trace:
         return {}
-    found = {}
+    key = ("law", candidate.policy.name, *candidate.knobs.items())
+    if key in context.memo:
+        known: dict[str, tuple[float, float]] = context.memo[key]
+        return known
+    found: dict[str, tuple[float, float]] = {}
     for name, (_, low, _, high) in replayed.ends.items():
         rows = np.arange(len(low.table.tokens))
         base = _analytic_seconds(candidate, rows)
         at = [_analytic_seconds(replace(candidate, context=replace(candidate.context, replayed=end)), rows)
               for end in (low, high)]
         found[name] = (at[0] / base, at[1] / base)
+    context.memo[key] = found
     return found
 
 

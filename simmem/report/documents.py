@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from simmem.policy.base import KnobValue
+from simmem.policy.base import Setting
 from simmem.spec.base import Kind
 from simmem.spec.model import Architecture
 from simmem.trace.trace import TraceHeader
@@ -213,11 +213,11 @@ class TraceSheet(_Part):
 class KnobRow(_Part):
     name: str
     kind: Literal["structural", "demand"]
-    values: list[KnobValue]
+    values: list[Setting]
     """What the planner searches."""
-    unsearched: list[KnobValue]
+    unsearched: list[Setting]
     """Values that may be set but are not searched."""
-    default: KnobValue | None
+    default: Setting | None
     low: float | None
     high: float | None
     help: str

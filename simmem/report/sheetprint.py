@@ -10,7 +10,7 @@ from rich.padding import Padding
 from rich.table import Table
 from rich.text import Text
 
-from simmem.policy.base import KnobValue
+from simmem.policy.base import Setting
 from simmem.report.documents import DeviceSheet, FigureRow, ModelSheet, PolicySheet, TraceSheet
 from simmem.report.format import console, new_table, number, parameters, quantity, section, share
 from simmem.report.predictors import predictor_table
@@ -300,7 +300,7 @@ def _more_statistics(statistics: Mapping[str, Any]) -> Iterator[tuple[str, str]]
 def _print_policy(out: Console, sheet: PolicySheet) -> None:
     _heading(out, sheet.name, sheet.summary)
     if sheet.uses_trace:
-        out.print(Text("Needs a trace of the model's activity.\n"))
+        out.print(Text("Plans with a trace of the model's activity.\n"))
     table = new_table("knob", "what it is", "values searched", "default", left=4)
     table.columns[0].no_wrap = True
     for knob in sheet.knobs:
@@ -315,13 +315,15 @@ def _print_policy(out: Console, sheet: PolicySheet) -> None:
                    style="dim"))
 
 
-def _values(values: list[KnobValue]) -> str:
+def _values(values: list[Setting]) -> str:
     if len(values) > SHOWN_VALUES:
         return f"{_value(values[0])}, {_value(values[1])} … {_value(values[-1])} ({len(values)} values)"
-    return ", ".join(map(_value, values))
+    return ("; " if isinstance(values[0], tuple) else ", ").join(map(_value, values))
 
 
-def _value(value: KnobValue) -> str:
+def _value(value: Setting) -> str:
     if isinstance(value, bool):
         return "true" if value else "false"
+    if isinstance(value, tuple):
+        return ",".join(map(_value, value))
     return f"{value:g}" if isinstance(value, float) else str(value)

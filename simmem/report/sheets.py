@@ -40,8 +40,9 @@ __all__ = ["Sheet", "captured_sheet", "figure_rows", "model_of_trace", "sheet_of
 
 Sheet = DeviceSheet | ModelSheet | TraceSheet | PolicySheet
 
-KNOBS_SHOWN_FOR = ("rtx4090-pc", "opt-6.7b")
-"""A device with its own GPU memory and a model with a trace: on these every knob has all its values."""
+KNOBS_SHOWN_FOR = (("rtx4090-pc", "opt-6.7b"), ("rtx4090-pc", "mixtral-8x7b"))
+"""A device with its own GPU memory, and a model with a trace or else one with experts: on the first that a policy can
+plan, its knobs have all their values."""
 
 
 def sheet_of(what: str, name: str) -> Sheet:
@@ -164,13 +165,17 @@ def captured_sheet(header: TraceHeader, active_share: float, *, trace: Trace | N
 
 def _policy_sheet(name: str) -> PolicySheet:
     policy = policy_named(name)
-    device, model = load_device(KNOBS_SHOWN_FOR[0]), load_model(KNOBS_SHOWN_FOR[1])
-    trace = open_trace(None, model)
-    budget = {tier: memory.budget_bytes for tier, memory in device.memory.items()}
-    context = Context(device, model, Workload(), Replayed(trace) if trace else None, budget)
+    for device_name, model_name in KNOBS_SHOWN_FOR:
+        device, model = load_device(device_name), load_model(model_name)
+        trace = open_trace(None, model)
+        budget = {tier: memory.budget_bytes for tier, memory in device.memory.items()}
+        context = Context(device, model, Workload(), Replayed(trace) if trace else None, budget)
+        knobs = policy.knobs(context)
+        if knobs:
+            break
     return PolicySheet(
         name=policy.name, summary=policy.summary, uses_trace=policy.uses_trace,
         shown_for={"device": device.name, "model": model.name},
         knobs=[KnobRow(name=k.name, kind=k.kind, values=list(k.values), unsearched=list(k.unsearched),
                        default=k.default, low=k.low, high=k.high,
-                       help=k.help) for k in policy.knobs(context)])
+                       help=k.help) for k in knobs])
