@@ -25,7 +25,7 @@ BETWEEN = (3 / 4, 7 / 8, 9 / 8, 5 / 4, 3 / 2)
 
 def at_batch(at: Callable[[int], Question], batch: int | None, objective: str) -> Question:
     """The question at the batch that was asked for; else at one sequence, or at the best number for throughput."""
-    return best_batch(at) if batch is None and objective == "throughput" else at(batch or 1)
+    return best_batch(at) if batch is None and objective == "throughput" else at(1 if batch is None else batch)
 
 
 def best_batch(at: Callable[[int], Question]) -> Question:

@@ -104,7 +104,9 @@ def search(question: Question, weights: str) -> Found:
             kept_of_kind = _survivors(np.array([c.score_s for c in alike]), np.array([c.fast_bytes for c in alike]))
             ranked += _rescore(policy, context, [alike[i] for i in kept_of_kind])
     ranked.sort(key=lambda c: c.score_s)
-    fits = any(c.policy.name == "resident" for c in ranked)
+    # That the CPU could hold and multiply everything is no reason to leave the GPU beside it without work.
+    main = max(context.able_agents, key=lambda name: context.able_agents[name].rate.value, default=None)
+    fits = any(c.policy.name == "resident" and c.block.structural["agent"] == main for c in ranked)
 
     def needless(c: Candidate) -> bool:
         drops_work = getattr(c.policy, "drops_work", c.policy.uses_trace)
