@@ -59,10 +59,11 @@ def measurements(noise: float = 0.03, seed: int = 0, *, surface: Surface = SURFA
         add("decoder-op", 14 * 15e-6 + WAKE_S, agent="cpu", op="layer", decoder=decoder, dtype="bf16", threads=2,
             pause_s=3e-3, requests=14)
     for size in (8192, 1 << 16, 1 << 20):
-        for n in (2, 8, 32):
-            steady = n * size / float(surface.throughput(size, n))
-            add("batch-read", max(steady, n * READER_S) + BATCH_S, n_bytes=n * size, requests=n, size_bytes=size,
-                how="direct", pause_s=3e-3)
+        for n in (2, 8, 32, 256):
+            readers = min(n, 32)
+            steady = n * size / float(surface.throughput(size, readers))
+            add("batch-read", steady + readers * READER_S + BATCH_S, n_bytes=n * size, requests=n, size_bytes=size,
+                depth=readers, how="direct", pause_s=3e-3)
     add("storage-sustained", (4 << 20) / 2.1e9, n_bytes=4 << 20, size_bytes=4 << 20, depth=4, how="direct",
         pattern="sequential")
     return Measurements(

@@ -106,23 +106,25 @@ def storage_figures(trusted: Sequence[Judged], judged: Sequence[Judged], notes: 
 def _batch(reads: Sequence[Judged], fit: SurfaceFit) -> list[MeasuredFigure]:
     """What waking a reader takes, and a batch beside it, from batches behind a pause:
 
-        t = max(n · read_seconds(s, n), n · reader_time) + batch_time
+        t = n · read_seconds(s, q) + q · reader_time + batch_time
 
-    by least squares in the logarithm; ranges are those of the fits without each of the batches in turn. Behind a pause
+    of n reads by q readers, by least squares in the logarithm; ranges are those of the fits without each of the batches in turn. Behind a pause
     times scatter by nature: they count however noisy they are.
     """
     some = [(p, j) for p, j in reads if p.probe == "batch-read" and p.refused is None]
     if len(some) < _FEW_BATCHES:
         return []
-    n, took = (np.array(column) for column in zip(*((p.requests, j.median_s) for p, j in some), strict=True))
-    surface = np.array([p.bytes / float(fit.surface.throughput(p.bytes / p.requests, p.requests)) for p, _ in some])
+    readers, took = (np.array(column) for column in
+                     zip(*((float(p.conditions.get("depth", p.requests)), j.median_s) for p, j in some), strict=True))
+    surface = np.array([p.bytes / float(fit.surface.throughput(p.bytes / p.requests, depth))
+                        for (p, _), depth in zip(some, readers, strict=True)])
 
     def fitted(which: NDArray[np.bool_]) -> tuple[float, float]:
         from scipy.optimize import least_squares
 
         def off(x: NDArray[np.float64]) -> NDArray[np.float64]:
             reader, batch = np.exp(x)
-            return np.asarray(np.log((np.maximum(surface, n * reader) + batch) / took)[which])
+            return np.asarray(np.log((surface + readers * reader + batch) / took)[which])
 
         starts = [np.log([reader, batch]) for reader in (5e-6, 2e-5, 8e-5) for batch in (5e-5, 3e-4)]
         found = min((least_squares(off, x0, loss="soft_l1", f_scale=0.2) for x0 in starts), key=lambda f: float(f.cost))

@@ -144,7 +144,7 @@ class Link(Frozen):
     batch_time: Seconds | None = None
     """storage: what a batch of reads takes beside them: handed in, and waited for by one that slept. [s]"""
     reader_time: Seconds | None = None
-    """storage: waking one reader for a batch; the last of them begins only after all. [s]"""
+    """storage: waking one reader for a batch, beside what is read. [s]"""
     sustained_rate: BytesPerSecond | None = None
     energy_per_byte: JoulePerByte | None = None
     bus: str | None = None

@@ -36,7 +36,9 @@ _BUFFERS_BYTES = 256 << 20
 """What all reads in flight may take together; larger products of size and depth are left out."""
 _CACHED_BYTES = 64 << 20
 _SAMPLE_S = 0.03
-_BATCH_SIZES, _BATCHES, _PAUSE_S = (8192, 1 << 16, 1 << 20), (2, 8, 32), 3e-3
+_BATCH_SIZES, _BATCHES, _PAUSE_S = (8192, 1 << 16, 1 << 20), (2, 8, 32, 256), 3e-3
+_READERS = 32
+"""At most, for a batch; readers of a smaller one are as many as its reads."""
 _SUSTAINED_SAMPLE_S = 0.5
 _LEAST_REQUESTS = 16
 _LIST = 1 << 16
@@ -73,7 +75,8 @@ def batch_cases(scratch: Scratch) -> list[Case]:
     """Batches of reads behind a pause, as a layer hands them in, by the reader that runs plans."""
     if scratch.direct_fd is None:
         return []
-    return [Case(BATCH, {"size_bytes": size, "requests": n, "pause_s": _PAUSE_S, "how": "direct"},
+    return [Case(BATCH, {"size_bytes": size, "requests": n, "depth": min(n, _READERS), "pause_s": _PAUSE_S,
+                         "how": "direct"},
                  _batch(scratch, size, n), bytes=float(size * n), requests=float(n), priority=ALWAYS)
             for size in _BATCH_SIZES for n in _BATCHES if size * n <= min(_BUFFERS_BYTES, scratch.size_bytes // 2)]
 
@@ -84,7 +87,7 @@ def _batch(scratch: Scratch, size: int, n: int) -> Callable[[], AbstractContextM
         assert scratch.direct_fd is not None
         random, buffer = np.random.default_rng(), page_buffer(size * n)
         sizes = np.full(n, size, np.int64)
-        with Reader(scratch.direct_fd, "the scratch file", n) as reader:
+        with Reader(scratch.direct_fd, "the scratch file", min(n, _READERS)) as reader:
             def run() -> float:
                 offsets = random.integers(0, scratch.size_bytes // size, n) * size
                 time.sleep(_PAUSE_S)
