@@ -82,7 +82,8 @@ def by_genz(python: str) -> Callable[[dict[str, Any]], float]:
         done = subprocess.run([python, str(script)], input=json.dumps(request), capture_output=True, text=True,
                               check=False)
         if done.returncode:
-            pytest.skip(f"GenZ cannot be run by {python}")
+            said = done.stderr.strip().splitlines()[-1:] or ["it said nothing"]
+            pytest.skip(f"{python} cannot run GenZ: {said[0]}; `pip install genz-llm` there (benchmarks/README.md)")
         return float(json.loads(done.stdout.splitlines()[-1])["tokens_per_s"])
 
     return predict

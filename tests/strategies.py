@@ -19,12 +19,12 @@ from numpy.typing import NDArray
 
 from simmem.errors import SpecError
 from simmem.planner.candidate import Candidate, contention_of
-from simmem.policy.base import Block, KnobValue, Policy, policies
+from simmem.policy.base import Block, KnobValue, Policy, one_value, policies, why_not_plan
 from simmem.policy.context import Context, Replayed
 from simmem.schedule import DemandClass, Durations, OpKind, Schedule, ScheduleBuilder
 from simmem.sim.events import Contention
 from simmem.spec.device import Device
-from simmem.spec.model import Model
+from simmem.spec.model import Model, load_model
 from simmem.spec.precision import PRECISIONS
 from simmem.spec.workload import Workload
 from simmem.trace.predictors import judge
@@ -314,7 +314,7 @@ def policy_blocks(draw: st.DrawFn, policy: Policy, context: Context, n: int = 6)
     for knob in policy.knobs(context):
         allowed = (*knob.values, *knob.unsearched)
         if knob.kind == "structural":
-            structural[knob.name] = draw(st.sampled_from(allowed))
+            structural[knob.name] = one_value(draw(st.sampled_from(allowed)))
         else:
             values = [allowed[i] for i in rng.integers(0, len(allowed), many)]
             if isinstance(values[0], float) and knob.low is not None and knob.high is not None:
@@ -336,7 +336,7 @@ def plans(draw: st.DrawFn, names: Sequence[str] = (), n: int = 4) -> tuple[Conte
     policy = policies()[draw(st.sampled_from(list(names) or sorted(policies())))]
     for kind, two_sided in draw(st.permutations([(k, t) for k in KINDS for t in (False, True)])):
         context = draw(contexts(other=kind == "other", routing=kind == "routing", two_sided=two_sided))
-        if policy.knobs(context):
+        if why_not_plan(policy, context) is None:
             break
     else:
         reject()
@@ -422,10 +422,9 @@ def any_durations(draw: st.DrawFn, schedule: Schedule) -> Durations:
 
 
 @st.composite
-def contentions(draw: st.DrawFn, schedule: Schedule, context: Context | Device) -> Contention:
+def contentions(draw: st.DrawFn, schedule: Schedule, device: Device) -> Contention:
     """What the device shares, and sometimes background load and short queues."""
-    device = context if isinstance(context, Device) else context.device
-    base = contention_of(Context(device, None, None, None, {}))  # type: ignore[arg-type]
+    base = contention_of(Context(device, load_model("opt-125m"), Workload(), None, {}))
     rng = draw(seeds())
     background: dict[str, float] = {}
     queues: dict[str, int] = {}

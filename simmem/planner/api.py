@@ -41,7 +41,7 @@ from simmem.planner.ranking import (
     search,
 )
 from simmem.planner.uncertainty import uncertain_figures, weakest_kind
-from simmem.policy.base import agents_of, policies, policy_named
+from simmem.policy.base import agents_of, policies, policy_named, why_not_plan
 from simmem.policy.context import Context
 from simmem.spec.base import weakest
 from simmem.units import format_quantity
@@ -113,13 +113,12 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
         f = min(found, key=lambda f: f.missing_bytes)
         missing = float(math.ceil(f.missing_bytes))  # budgets are whole bytes
         if f.binding_tier is None:
-            reasons_why = [why for name in question.policy_names
-                           if (ask_why := getattr(policy_named(name), "why_not", None)) is not None
-                           and (why := ask_why(f.context)) is not None]
-            if reasons_why:
-                raise SpecError(f"{question.policy_names[0]} cannot plan this: {reasons_why[0]}", key="--policy")
-            raise SpecError(f"{' and '.join(question.policy_names)} cannot plan {question.model.name} without a trace "
-                            "of its activity; name one with --trace", key="--policy")
+            for name in question.policy_names:
+                why = why_not_plan(policy_named(name), f.context)
+                if why is not None:
+                    raise SpecError(f"{name} cannot plan this: {why}", key="--policy")
+            raise SpecError(f"{' and '.join(question.policy_names)} cannot plan {question.model.name} with these "
+                            "knobs alone: no combination of the others is searched; name more of them", key="--set")
         raise InfeasiblePlanError(
             f"nothing fits: {question.model.name} on {question.device.name} needs {missing:.0f} more bytes of "
             f"{f.binding_tier} than the {f.context.budget_bytes[f.binding_tier]:.0f} allowed, in the smallest plan "

@@ -9,7 +9,7 @@ work out.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from simmem.cost.roofline import arithmetic_peak, sure_shares
 from simmem.planner.document import Bound
@@ -31,12 +31,11 @@ def _used(context: Context, *, any_token: bool = False) -> tuple[float, dict[str
     active, x = 1.0, context.model.architecture.experts
     skewed = 1.0 if context.routing is None or x is None else x.per_token / touched_experts(
         x.count, x.per_token, batch)
-    attended = _attended(context)
     if context.trace is not None:
         for known in (context, *(context.asking(p.name, p.layers_ahead or 0) for p in context.fitted)):
             by_token = known.table.active_units.mean(axis=1) / known.table.n_units
             active = min(active, float(by_token.min() if any_token else by_token.mean()))
-    read = {model.mixer.name: attended * float(model.mixer.matrix_params),
+    read = {model.mixer.name: context.attention_active_share * float(model.mixer.matrix_params),
             "embedding" if model.architecture.tied_head else "head": float(model.head_params)}
     multiplied = batch * sum(read.values())
     for index, name in enumerate(context.layers.names):
@@ -46,12 +45,6 @@ def _used(context: Context, *, any_token: bool = False) -> tuple[float, dict[str
             alike = skewed if group == "experts" else 1.0
             read[group] = read.get(group, 0.0) + n_layers * active * alike * params
     return multiplied, {group: params for group, params in read.items() if params}
-
-
-def _attended(context: Context) -> float:
-    """Share of the attention heads that a token needs at least: all of them unless the trace says less."""
-    stated = context.trace.header.statistics.get("attention_active_share", 1.0) if context.trace else 1.0
-    return float(stated["value"] if isinstance(stated, Mapping) else stated)
 
 
 def _rate(context: Context, agent: Agent) -> float:
@@ -77,7 +70,7 @@ def agent_bound(context: Context, name: str, *, any_token: bool = False) -> Boun
     agent = context.device.agent[name]
     multiplied, read = _used(context, any_token=any_token)
     n_bytes = sum(params * context.read_bytes_per_param(name, group)[0] for group, params in read.items())
-    n_bytes += _attended(context) * context.decode_kv_bytes - _saved_bytes(context, agent)
+    n_bytes += context.attention_active_share * context.decode_kv_bytes - _saved_bytes(context, agent)
     moving, flop_share = max(n_bytes, 0.0) / _rate(context, agent), sure_shares(context.device, agent)[1]
     key, peak = _peak(context, agent, name)
     arithmetic = 2.0 * multiplied / (peak * flop_share)
@@ -101,7 +94,7 @@ def _together(context: Context, names: Sequence[str], *, any_token: bool) -> Bou
     device = context.device
     agents = {name: device.agent[name] for name in names}
     multiplied, read = _used(context, any_token=any_token)
-    n_bytes = _attended(context) * context.decode_kv_bytes + min(
+    n_bytes = context.attention_active_share * context.decode_kv_bytes + min(
         sum(params * context.read_bytes_per_param(name, group)[0] for group, params in read.items())
         for name in agents)
     together, flop_per_s = 0.0, 0.0

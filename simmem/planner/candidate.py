@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from simmem.cost.roofline import Factors, capacity_bytes_per_s, durations
 from simmem.errors import SpecError
-from simmem.policy.base import Block, Policy, Setting
+from simmem.policy.base import Block, Policy, Setting, one_value
 from simmem.policy.context import Context
 from simmem.sim.analytic import analytic
 from simmem.sim.events import Contention
@@ -80,13 +80,14 @@ def blocks(policy: Policy, context: Context, fixed: Mapping[str, object], *, def
     if not knobs:
         return
     unmeasured = getattr(policy, "unmeasured", None)
-    for chosen in itertools.product(*(values[n] for n in structural)):
-        if unmeasured is not None and unmeasured(context, dict(zip(structural, chosen, strict=True)), fixed):
+    for values_of in itertools.product(*(values[n] for n in structural)):
+        chosen = dict(zip(structural, map(one_value, values_of), strict=True))
+        if unmeasured is not None and unmeasured(context, chosen, fixed):
             continue
         # Over places in the grid, not over values: a value may be a tuple.
         grid = np.meshgrid(*(np.arange(len(values[n])) for n in demand), indexing="ij")
         columns = {n: np.array(values[n])[g.reshape(-1)] for n, g in zip(demand, grid, strict=True)}
-        block = Block(dict(zip(structural, chosen, strict=True)), columns)
+        block = Block(chosen, columns)
         refine = getattr(policy, "refine", None)
         yield block if refine is None else refine(context, block, fixed)
 

@@ -109,8 +109,7 @@ def search(question: Question, weights: str) -> Found:
     fits = any(c.policy.name == "resident" and c.block.structural["agent"] == main for c in ranked)
 
     def needless(c: Candidate) -> bool:
-        drops_work = getattr(c.policy, "drops_work", c.policy.uses_trace)
-        return question.open_choice and drops_work and (fits or is_oracle(c))
+        return question.open_choice and c.policy.uses_trace and (fits or is_oracle(c))
 
     lossy = _too_lossy(question, ranked)
     allowed = [c for c in ranked if id(c) not in lossy]

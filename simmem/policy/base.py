@@ -17,7 +17,7 @@ import pkgutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import TYPE_CHECKING, Any, Literal, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -26,15 +26,26 @@ from simmem.errors import SpecError, UnknownNameError
 from simmem.policy.context import Context
 from simmem.schedule import Schedule
 
-__all__ = ["Block", "Knob", "KnobValue", "Placement", "Policy", "agents_of", "policies", "policy_named", "register"]
+__all__ = [
+    "Block",
+    "Knob",
+    "KnobValue",
+    "Placement",
+    "Policy",
+    "Setting",
+    "agents_of",
+    "one_value",
+    "policies",
+    "policy_named",
+    "register",
+    "why_not_plan",
+    "with_largest_that_fits",
+]
 
 Array = NDArray[np.float64]
 KnobValue = bool | int | float | str
-if TYPE_CHECKING:
-    Setting = Any  # who reads a knob by its name knows its type
-else:
-    Setting = KnobValue | tuple[float, ...]
-    """A knob's value, or the numbers of one that takes several."""
+Setting = KnobValue | tuple[float, ...]
+"""A knob's value, or the numbers of one that takes several."""
 
 
 @dataclass(frozen=True)
@@ -141,18 +152,22 @@ class Policy(Protocol):
     """What the planner asks of a policy. All arrays have the candidate axis last.
 
     A policy may also have
+    why_not(context)               why it cannot plan a context, in words; None where it can. Asked through
+                                   `why_not_plan`, which knows already of a trace that is missing
     agents(context, block)         who computes in a block, the structural `agent` first; that one alone where absent
     rows(context, n)               up to n trace tokens that stand for all of them
     refine(context, block, fixed)  a block with candidates that the grid misses
     unmeasured(context, structural, fixed)  whether nobody measured what a combination costs, so it is not searched
+    passes(context, block)         how often a step reads a weight, (n_candidates,); once where absent
     """
 
     name: str
     summary: str
     uses_trace: bool
+    """Whether it needs a trace of which neurons tokens use, and leaves the others out."""
 
     def knobs(self, context: Context) -> tuple[Knob, ...]:
-        """Its knobs for this context; () of values where it does not apply at all."""
+        """Its knobs for this context; () where it cannot plan it (`why_not_plan`)."""
 
     def footprint(self, context: Context, block: Block) -> dict[str, Array]:
         """Bytes each tier holds at its fullest, tier → (n_candidates,). [B]"""
@@ -172,10 +187,40 @@ class Policy(Protocol):
         faster."""
 
 
+def one_value(value: Setting) -> KnobValue:
+    """The value of a knob that takes one at a time, as structural ones do. SpecError for several."""
+    if isinstance(value, tuple):
+        raise SpecError(f"found {value!r}, expected one value")
+    return value
+
+
 def agents_of(policy: Policy, context: Context, block: Block) -> tuple[str, ...]:
     """Who computes in a block, the main agent first."""
     named = getattr(policy, "agents", None)
     return (str(block.structural["agent"]),) if named is None else tuple(named(context, block))
+
+
+def why_not_plan(policy: Policy, context: Context) -> str | None:
+    """Why a policy cannot plan a context, in words; None where it can."""
+    if policy.uses_trace and context.trace is None:
+        return f"it needs a trace of which neurons {context.model.name} uses; name one with --trace"
+    own = getattr(policy, "why_not", None)
+    return None if own is None else own(context)
+
+
+def with_largest_that_fits(policy: Policy, context: Context, block: Block, knob: str, sizes: NDArray[np.int64]
+                           ) -> Block:
+    """A block with the largest of `sizes` that fits every tier, which a coarse grid of its one demand knob may leave
+    out; the block itself where that holds all sizes, or none fits."""
+    if len(block.columns[knob]) >= len(sizes):
+        return block
+    every = Block(block.structural, {knob: sizes})
+    fits = np.ones(len(sizes), dtype=np.bool_)
+    for tier, used in policy.footprint(context, every).items():
+        fits &= used <= context.budget_bytes[tier]
+    if not fits.any():
+        return block
+    return Block(block.structural, {knob: np.union1d(block.columns[knob], sizes[fits].max())})
 
 
 _REGISTRY: dict[str, Policy] = {}

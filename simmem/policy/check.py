@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.errors import SpecError
-from simmem.policy.base import Block, Knob, KnobValue, Placement, Policy, Setting
+from simmem.policy.base import Block, Knob, Placement, Policy, Setting, one_value, why_not_plan
 from simmem.policy.context import Context, Replayed
 from simmem.schedule import OpKind, Schedule
 from simmem.spec.device import load_device
@@ -56,15 +56,13 @@ def check_policy(policy: Policy, context: Context | None = None, *,
     """
     same = list(same)
     for each in example_contexts() if context is None else [context]:
-        knobs = policy.knobs(each)
-        if not knobs:
-            applies = getattr(policy, "applies", None)
-            if applies is not None and not applies(each):
-                continue
-            if each.trace is not None or not policy.uses_trace:
-                raise SpecError("has no knobs for a context it should be able to plan", key=policy.name)
-            continue
-        _Check(policy, each, knobs, seed).run(same)
+        knobs, why = policy.knobs(each), why_not_plan(policy, each)
+        if not knobs and why is None:
+            raise SpecError("has no knobs for a context it should be able to plan", key=policy.name)
+        if knobs and why is not None:
+            raise SpecError(f"has knobs for a context that it cannot plan: {why}", key=policy.name)
+        if knobs:
+            _Check(policy, each, knobs, seed).run(same)
 
 
 def example_contexts() -> list[Context]:
@@ -90,7 +88,7 @@ class _Check:
         self.rows = np.zeros(1, np.int64)
         if policy.uses_trace and context.trace is not None:
             self.rows = np.arange(min(len(context.table.tokens), 4))
-        self.where: dict[str, KnobValue] = {}
+        self.where: dict[str, Setting] = {}
 
     def require(self, kept: bool | np.bool_, rule: str) -> None:
         if not kept:
@@ -310,7 +308,7 @@ class _Check:
         totals = []
         for given in (left, right):
             full = {k.name: given.get(k.name, k.values[0] if k.default is None else k.default) for k in self.knobs}
-            structural = {k.name: full[k.name] for k in self.knobs if k.kind == "structural"}
+            structural = {k.name: one_value(full[k.name]) for k in self.knobs if k.kind == "structural"}
             block = Block(structural, {k.name: np.array([full[k.name]]) for k in self.knobs if k.kind == "demand"})
             s = self.policy.decode(self.context, block, self.rows)
             uses = np.bincount(s.op_class[s.timed], minlength=len(s.classes)).astype(np.float64)

@@ -254,6 +254,17 @@ class Context:
     def trace(self) -> Trace | None:
         return self.replayed.trace if self.replayed else None
 
+    @cached_property
+    def attention_active_share(self) -> float:
+        """Share of the attention heads that a token uses; 1 where the trace does not say. TraceError for no share."""
+        if self.trace is None or "attention_active_share" not in self.trace.header.statistics:
+            return 1.0
+        stated = self.trace.header.statistics["attention_active_share"]
+        share = stated.get("value") if isinstance(stated, Mapping) else None
+        if not isinstance(share, (int, float)) or not 0.0 <= share <= 1.0:
+            raise TraceError(f"found {stated!r}, expected a value from 0 to 1", key="statistics.attention_active_share")
+        return float(share)
+
     @property
     def fitted(self) -> tuple[Predictor, ...]:
         """Predictors other than the trace's own whose questions it holds, those that a policy can plan with."""

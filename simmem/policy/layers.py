@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from simmem.policy.context import Context
 from simmem.policy.ops import ATTENTION_KERNELS, HEAD_KERNELS, STREAM_CHUNK_BYTES, Demand, Ops, stream_requests
-from simmem.schedule import Launch, OpKind, Phase, Products, Schedule
+from simmem.schedule import OpKind, Phase, Products, Schedule
 
 __all__ = [
     "ATTENTION_KERNELS",
@@ -72,8 +72,6 @@ class Demands:
     units: UnitDemands | None = None
     lookup_bytes: float = 0.0
     """Rows of an input embedding that stays in storage, read at the start of a token. [B]"""
-    launch: Launch = "stream"
-    """How kernels are launched unless the engine says: one by one where the host has a part in every layer."""
 
 
 def _streams(ops: Ops, demands: Demands) -> tuple[list[list[Demand]], list[Demand]]:
@@ -102,7 +100,7 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
     """
     model, agent = context.model, demands.agent
     n_columns = len(demands.depth)
-    ops = Ops(context, n_columns, agents=(agent,), depth=demands.depth, launch=demands.launch)
+    ops = Ops(context, n_columns, agents=(agent,), depth=demands.depth)
     batch, memory = context.workload.batch, context.memory_of(agent)
     layers, kind = model.architecture.n_layers, context.layers.kind
     stream_layer, stream_head = _streams(ops, demands)

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from simmem.errors import SpecError
 from simmem.policy.context import Context
 from simmem.policy.layer_kinds import FfnWork, ffn_products, ffn_work
-from simmem.schedule import DemandClass, Launch, OpKind, Phase, Products, Schedule, ScheduleBuilder
+from simmem.schedule import DemandClass, OpKind, Phase, Products, Schedule, ScheduleBuilder
 
 __all__ = [
     "ATTENTION_KERNELS",
@@ -75,13 +75,12 @@ class Ops:
     agents : who computes, the main one first; all of the device's when None. SpecError for one that the device has not.
     phase : a decode step (`batch` tokens, over the mean context) or the prompt (all its tokens at once).
     depth : reads in flight, unless a move says otherwise.
-    launch : how a decode step's kernels are launched, unless an op or the engine says otherwise.
     """
 
     def __init__(self, context: Context, n_columns: int, *, agents: Sequence[str] | None = None,
-                 phase: Phase = Phase.DECODE, depth: Amount = 1.0, launch: Launch = "stream") -> None:
+                 phase: Phase = Phase.DECODE, depth: Amount = 1.0) -> None:
         device, model, workload = context.device, context.model, context.workload
-        self.context, self.phase, self.depth, self.launch = context, phase, depth, launch
+        self.context, self.phase, self.depth = context, phase, depth
         self.agents = tuple(device.agent if agents is None else agents)
         unknown = [name for name in self.agents if name not in device.agent]
         if unknown:
@@ -146,8 +145,7 @@ class Ops:
 
     def compute(self, name: str, kind: OpKind, agent: str, flop: Amount, n_bytes: Amount, kernels: Amount, *,
                 precision: str | None = None, products: Products | None = None, waits: Amount = 0.0,
-                launch: Launch | None = None, rate: Literal["attention"] | None = None,
-                release: Mapping[str, Amount] | None = None) -> Demand:
+                rate: Literal["attention"] | None = None, release: Mapping[str, Amount] | None = None) -> Demand:
         """A demand class on an agent and its memory.
 
         precision : of the weights; the workload's when None.
@@ -155,10 +153,9 @@ class Ops:
         rate : a special rate of the agent, where it has it.
         release : tier → what is no longer held after the op. [B]
         """
-        if launch is None:
-            launch = "stream" if self.phase is Phase.PREFILL else self.context.agent(agent).launch or self.launch
+        asked = None if self.phase is Phase.PREFILL else self.context.agent(agent).launch
         what = DemandClass(name, kind, agent=agent, precision=precision or self.context.workload.weights,
-                           products=products, launch=launch, rate=rate)
+                           products=products, launch=asked or "stream", rate=rate)
         return self.builder.demand(what, flop=flop, requests=kernels, waits=waits, release=release,
                                    bytes={f"memory.{self.context.memory_of(agent)}": n_bytes}), agent
 

@@ -105,7 +105,7 @@ class Agent(Frozen):
     dequantise_bytes: PerParam | None = None
     """Memory traffic of unpacking a quantised parameter before the multiply, the packed one apart; 0: fused. [B]"""
     launch: Launch | None = None
-    """How the engine launches kernels; each policy's own way where absent."""
+    """How the engine launches the kernels of a decode step; one by one where absent."""
     h2d_overlaps_cpu: bool | None = None
     """Of an agent in host memory: whether the engine copies to the GPU while it computes. True where absent."""
 

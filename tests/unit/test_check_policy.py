@@ -217,6 +217,12 @@ def test_a_policy_for_every_context_must_have_knobs() -> None:
         def knobs(self, context: Context) -> tuple[Knob, ...]:
             return ()
 
+    class Torn(Stream):
+        def why_not(self, context: Context) -> str | None:
+            return "it is tired"
+
+    with pytest.raises(SpecError, match="has knobs for a context that it cannot plan: it is tired"):
+        check_policy(Torn())
     with pytest.raises(SpecError, match="has no knobs"):
         check_policy(Shy())
 

@@ -16,19 +16,21 @@ from simmem.policy.base import Block, policy_named
 from simmem.policy.check import check_policy
 from simmem.policy.context import Context, Replayed
 from simmem.policy.families._experts import RECALL, usage
+from simmem.policy.families.expert_cache import ExpertCache
 from simmem.sim.analytic import analytic
 from simmem.sim.events import events
 from simmem.spec.device import load_device
 from simmem.spec.model import load_model
 from simmem.spec.workload import Workload
 from simmem.trace import open_trace
+from simmem.trace.caches import Policy
 from simmem.trace.predictors import judge
 from simmem.trace.replay import cache_curve
 from simmem.trace.routing import asked_a_layer_early, misses_by_layer
 from simmem.trace.trace import Predictor, Trace, TraceHeader, digest_of
 from tests.strategies import column_of, contexts, policy_blocks, seeds
 
-POLICY = policy_named("expert-cache")
+POLICY = ExpertCache()
 ONE = np.zeros(1, np.int64)
 Array = NDArray[np.float64]
 
@@ -119,12 +121,12 @@ def test_misses_of_each_layer_are_those_of_caches_replayed_by_hand(rng: np.rando
 
 
 @pytest.mark.parametrize("policy", ["lru", "lfu", "slru", "pin-hot"])
-def test_they_add_up_to_the_replay_of_captured_routing(policy: str) -> None:
+def test_they_add_up_to_the_replay_of_captured_routing(policy: Policy) -> None:
     trace = open_trace("moe-8x3m-router", load_model("moe-8x3m"), n_tokens=200)
     assert trace is not None
     sizes = np.arange(9)
-    curve = cache_curve(trace, policy, sizes)  # type: ignore[arg-type]
-    counted = misses_by_layer(trace, policy, sizes, cold_tokens=50)  # type: ignore[arg-type]
+    curve = cache_curve(trace, policy, sizes)
+    counted = misses_by_layer(trace, policy, sizes, cold_tokens=50)
     np.testing.assert_array_equal(counted.missed[50:].sum(axis=(0, 2)), curve.misses)
 
 
@@ -216,7 +218,7 @@ def test_it_keeps_the_contract_and_the_engines_agree(context: Context, rng: np.r
     if trace is not None:
         context = routed(context, int(rng.integers(1 << 30)), predicted=trace)
     check_policy(POLICY, context)
-    schedule = POLICY.decode(context, data.draw(policy_blocks(POLICY, context, 2)), POLICY.rows(context, 2))  # type: ignore[attr-defined]
+    schedule = POLICY.decode(context, data.draw(policy_blocks(POLICY, context, 2)), POLICY.rows(context, 2))
     took = durations(schedule, context.device)
     bound = analytic(schedule, took).token_s
     for i in range(schedule.n_candidates):

@@ -11,11 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simmem.cost.roofline import durations
-from simmem.errors import SpecError
+from simmem.errors import SpecError, TraceError
 from simmem.planner.api import answer
 from simmem.planner.candidate import contention_of
 from simmem.planner.question import ask
-from simmem.policy.base import Block
+from simmem.policy.base import Block, why_not_plan
 from simmem.policy.check import check_policy
 from simmem.policy.context import Context, Replayed
 from simmem.policy.families.hot_cold import HotCold
@@ -136,7 +136,7 @@ def test_without_a_predictor_it_is_dense_and_loses_nothing() -> None:
 @settings(max_examples=30)
 @given(contexts(), st.data())
 def test_it_keeps_the_contract_on_any_device_with_two_memories(context: Context, data: st.DataObject) -> None:
-    if not POLICY.applies(context):
+    if why_not_plan(POLICY, context) is not None:
         assert POLICY.knobs(context) == ()
         return
     check_policy(POLICY, context, seed=data.draw(st.integers(0, 99)))
@@ -148,13 +148,26 @@ def test_it_keeps_the_contract_on_any_device_with_two_memories(context: Context,
         assert found.token_s[i] <= run.token_s * (1 + 1e-9)
 
 
+def test_the_share_of_heads_in_use_is_one_figure_of_the_trace() -> None:
+    context = context_of("opt-1.3b", trace="opt-30b-published", batch=2)
+    assert context.attention_active_share == 0.4 and replace(context, replayed=None).attention_active_share == 1.0
+    attention = POLICY._stages(context, block_of([1e9]))[0]
+    assert attention.frequency == pytest.approx(1 - 0.6**2)  # either of two sequences
+    assert context.replayed is not None
+    trace = context.replayed.trace
+    for wrong in (0.4, {"value": 1.4}, {}):
+        header = trace.header.model_copy(update={"statistics": {"attention_active_share": wrong}})
+        with pytest.raises(TraceError, match="expected a value from 0 to 1"):
+            assert replace(context, replayed=Replayed(replace(trace, header=header))).attention_active_share
+
+
 def test_it_says_why_it_cannot() -> None:
-    assert "a trace" in str(POLICY.why_not(context_of("mixtral-8x7b")))
-    assert "one memory" in str(POLICY.why_not(context_of("opt-1.3b", "m1-max")))
+    assert "a trace" in str(why_not_plan(POLICY, context_of("mixtral-8x7b")))
+    assert "one memory" in str(why_not_plan(POLICY, context_of("opt-1.3b", "m1-max")))
     context = context_of("opt-1.3b")
     links = {name: link for name, link in context.device.link.items() if name != "d2h"}
     no_way_back = replace(context, device=context.device.model_copy(update={"link": links}))
-    assert "both ways" in str(POLICY.why_not(no_way_back)) and POLICY.knobs(no_way_back) == ()
+    assert "both ways" in str(why_not_plan(POLICY, no_way_back)) and POLICY.knobs(no_way_back) == ()
     for knob, wrong, said in (("placement", "hottest", "expected one of frequency, layer, random"),
                               ("gpu_weight_bytes", "1e3", "expected a value from"), ("predictor", "gate", "capture")):
         with pytest.raises(SpecError, match=said):

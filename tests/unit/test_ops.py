@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -120,12 +121,12 @@ def test_two_directions_of_one_bus_slow_each_other_in_the_event_engine() -> None
     context = context_of()
     seconds = {}
     for name, each in (("own", device), ("shared", device.model_copy(update={"link": link, "bus": bus}))):
-        ops = Ops(Context(each, context.model, context.workload, None, context.budget_bytes), 1)
+        there = replace(context, device=each)
+        ops = Ops(there, 1)
         ops.op(ops.move("there", 1e9, ("h2d",))[0])
         s = ops.build(ops.op(ops.move("back", 1e9, ("d2h",))[0]))
         took = durations(s, each)
-        seconds[name] = events(s, Durations(took.occupancy_s, took.latency_s),
-                               contention_of(Context(each, None, None, None, {})))  # type: ignore[arg-type]
+        seconds[name] = events(s, Durations(took.occupancy_s, took.latency_s), contention_of(there))
     assert seconds["shared"].end_s.max() == pytest.approx(2e9 / 26.6e9, rel=0.01)
     assert seconds["own"].end_s.max() < 0.6 * seconds["shared"].end_s.max()
 

@@ -54,7 +54,7 @@ def decode_ops(context: Context, parts: Parts, *, heads_used: float, near_rows: 
     for layer, (near, far) in enumerate(zip(near_rows, far_rows, strict=True)):
         last = _attention(ops, parts, layer, last, heads_used)
         asked = last if predict is None else ops.op(predict, deps=[last], layer=layer)
-        last = _feed(ops, parts, layer, asked, near, far)
+        last = _feed(ops, parts, layer, asked, near, np.where(far < _NOTHING * (near + far), 0.0, far), predicted=True)
     assert last is not None
     return ops, last
 
@@ -68,7 +68,7 @@ def prompt_ops(context: Context, parts: Parts) -> tuple[Ops, int]:
     if ops.n_tokens < PROMPT_ON_GPU:
         for layer, share in enumerate(parts.neurons):
             attended = _attention(ops, parts, layer, last, 1.0)
-            last = _shared_feed(ops, parts, layer, attended, share)
+            last = _feed(ops, parts, layer, attended, share, _rest(share), predicted=False)
     else:
         device, gpu = context.device, parts.gpu
         vram = context.memory_of(gpu)
@@ -113,26 +113,17 @@ def _attention(ops: Ops, parts: Parts, layer: int, last: int | None, used: float
     return ops.op(ops.join(parts.gpu, ops.n_tokens, crossing), deps=[here, *got], layer=layer)
 
 
-def _feed(ops: Ops, parts: Parts, layer: int, asked: int | None, near: Array, far: Array) -> int:
-    """One layer's predicted neurons on both."""
-    far = np.where(far < _NOTHING * (near + far), 0.0, far)
+def _feed(ops: Ops, parts: Parts, layer: int, last: int | None, near: Array, far: Array, *, predicted: bool) -> int:
+    """One layer's FFN on both; `near` and `far` are neurons where they are predicted, else shares of all of them."""
     cold = (far > 0).astype(np.float64)
     out, back, vector = _between(ops, parts)
-    sent = ops.chain(ops.move("ffn input", vector * cold + _ID_BYTES * far, out), deps=[asked], layer=layer)
-    there = ops.op(ops.feed(parts.host, "plain", ops.n_tokens, cold, far, norms=False), deps=sent, layer=layer)
-    here = ops.op(ops.feed(parts.gpu, "plain", ops.n_tokens, 1.0, near), deps=[asked], layer=layer)
-    got = ops.chain(ops.move("ffn output", vector * cold, back), deps=[there], layer=layer)
-    return ops.op(ops.join(parts.gpu, ops.n_tokens, cold), deps=[here, *got], layer=layer)
-
-
-def _shared_feed(ops: Ops, parts: Parts, layer: int, last: int, near: Array) -> int:
-    """One layer's whole FFN on both."""
-    far = _rest(near)
-    cold = (far > 0).astype(np.float64)
-    out, back, vector = _between(ops, parts)
-    sent = ops.chain(ops.move("ffn input", vector * cold, out), deps=[last], layer=layer)
-    there = ops.op(ops.feed(parts.host, "plain", ops.n_tokens, far, norms=False), deps=sent, layer=layer)
-    here = ops.op(ops.feed(parts.gpu, "plain", ops.n_tokens, near), deps=[last], layer=layer)
+    ids = _ID_BYTES * far if predicted else 0.0
+    there_share, here_share = (cold, 1.0) if predicted else (far, near)
+    there_rows, here_rows = (far, near) if predicted else (None, None)
+    sent = ops.chain(ops.move("ffn input", vector * cold + ids, out), deps=[last], layer=layer)
+    there = ops.op(ops.feed(parts.host, "plain", ops.n_tokens, there_share, there_rows, norms=False), deps=sent,
+                   layer=layer)
+    here = ops.op(ops.feed(parts.gpu, "plain", ops.n_tokens, here_share, here_rows), deps=[last], layer=layer)
     got = ops.chain(ops.move("ffn output", vector * cold, back), deps=[there], layer=layer)
     return ops.op(ops.join(parts.gpu, ops.n_tokens, cold), deps=[here, *got], layer=layer)
 

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmem.policy.base import Block, Knob, Placement, register
+from simmem.policy.base import Block, Knob, Placement, register, why_not_plan, with_largest_that_fits
 from simmem.policy.context import Context
 from simmem.policy.families import _experts
 from simmem.policy.families._expert_ops import decode_step, prefill
@@ -44,11 +44,8 @@ class ExpertCache:
             return f"{context.model.name} is no mixture of experts"
         return None if context.able_agents else f"no unit of {context.device.name} computes all of its precisions"
 
-    def applies(self, context: Context) -> bool:
-        return self.why_not(context) is None
-
     def knobs(self, context: Context) -> tuple[Knob, ...]:
-        if not self.applies(context):
+        if why_not_plan(self, context) is not None:
             return ()
         x = _experts.experts_of(context)
         # Where routing is uniform, all policies hit alike.
@@ -76,17 +73,10 @@ class ExpertCache:
 
     def refine(self, context: Context, block: Block, fixed: Mapping[str, object]) -> Block:
         """Add the largest cache that fits, which a coarse grid may leave out."""
-        count = _experts.experts_of(context).count
-        if "experts_per_layer" in fixed or len(block.columns["experts_per_layer"]) > count:
+        if "experts_per_layer" in fixed:
             return block
-        every = Block(block.structural, {"experts_per_layer": np.arange(count + 1)})
-        fits = np.ones(count + 1, dtype=np.bool_)
-        for tier, used in self.footprint(context, every).items():
-            fits &= used <= context.budget_bytes[tier]
-        if not fits.any():
-            return block
-        sizes = np.union1d(block.columns["experts_per_layer"], [int(np.flatnonzero(fits).max())])
-        return Block(block.structural, {"experts_per_layer": sizes})
+        sizes = np.arange(_experts.experts_of(context).count + 1)
+        return with_largest_that_fits(self, context, block, "experts_per_layer", sizes)
 
     def footprint(self, context: Context, block: Block) -> dict[str, Array]:
         parts = _experts.parts_of(context, block)

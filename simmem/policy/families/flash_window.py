@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmem.policy.base import Block, Knob, KnobValue, Placement, register
+from simmem.policy.base import Block, Knob, KnobValue, Placement, register, why_not_plan
 from simmem.policy.context import Context
 from simmem.policy.families._dense import agent_knob, depths
 from simmem.policy.families._predicted import as_known, predictor_knobs, said_of_predictor, unknown_cost, unmeasured
@@ -64,7 +64,7 @@ class FlashWindow:
     uses_trace = True
 
     def knobs(self, context: Context) -> tuple[Knob, ...]:
-        if context.trace is None:
+        if why_not_plan(self, context) is not None:
             return ()
         return (
             agent_knob(context),

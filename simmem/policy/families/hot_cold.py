@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmem.policy.base import Block, Knob, Placement, register
+from simmem.policy.base import Block, Knob, Placement, register, why_not_plan
 from simmem.policy.context import Context
 from simmem.policy.families._hot_cold_ops import Parts, decode_ops, prompt_ops
 from simmem.policy.families._predicted import predictor_knobs, said_of_predictor, unknown_cost
@@ -67,19 +67,14 @@ class HotCold:
     uses_trace = True
 
     def why_not(self, context: Context) -> str | None:
-        """Why this policy cannot plan a context; None where it can."""
-        if context.trace is None:
-            return f"it needs a trace of which neurons {context.model.name} uses"
+        """Why this policy cannot plan a context with a trace; None where it can."""
         alone = why_not_two(context)
-        if alone is None and len(context.table.tokens) == context.trace.header.n_tokens:
+        if alone is None and context.trace and len(context.table.tokens) == context.trace.header.n_tokens:
             return f"the trace {context.trace.header.name} has no tokens beside those that are timed"
         return alone
 
-    def applies(self, context: Context) -> bool:
-        return self.why_not(context) is None
-
     def knobs(self, context: Context) -> tuple[Knob, ...]:
-        if not self.applies(context):
+        if why_not_plan(self, context) is not None:
             return ()
         _, predictor = predictor_knobs(context)
         low = max(self._fixed_bytes(context, str(p)) for p in (*predictor.values, *predictor.unsearched))
@@ -154,11 +149,9 @@ class HotCold:
 
     def _attention_share(self, context: Context, predictor: str) -> float:
         """Share of the heads that a step uses, its sequences together; all where nothing is known of it."""
-        assert context.trace is not None
-        stated = context.trace.header.statistics.get("attention_active_share")
-        if stated is None or predictor == "none":
+        if predictor == "none":
             return 1.0
-        return float(1.0 - (1.0 - stated["value"]) ** context.workload.batch)
+        return float(1.0 - (1.0 - context.attention_active_share) ** context.workload.batch)
 
     def _table(self, context: Context, predictor: str) -> HotTable:
         """Classes of neurons, of those that the predictor asks for."""

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmem.policy.base import Block, Knob, Placement, register
+from simmem.policy.base import Block, Knob, Placement, register, why_not_plan
 from simmem.policy.context import Context
 from simmem.policy.families._two_agents import (
     PROMPT_ON_GPU,
@@ -42,11 +42,8 @@ class LayerSplit:
         """Why this policy cannot plan a context; None where it can."""
         return why_not_two(context)
 
-    def applies(self, context: Context) -> bool:
-        return self.why_not(context) is None
-
     def knobs(self, context: Context) -> tuple[Knob, ...]:
-        if not self.applies(context):
+        if why_not_plan(self, context) is not None:
             return ()
         most = context.model.architecture.n_layers + 1
         return (gpu_knob(context),

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmem.policy.base import Block, Knob, Placement, register
+from simmem.policy.base import Block, Knob, Placement, register, why_not_plan, with_largest_that_fits
 from simmem.policy.context import Context
 from simmem.policy.families._dense import READER_THREADS
 from simmem.policy.families._unpack import unpacking
@@ -45,15 +45,12 @@ class LayerStream:
         """Why this policy cannot plan a context; None where it can."""
         return None if _agents(context) else f"no unit of {context.device.name} has memory of its own to copy layers to"
 
-    def applies(self, context: Context) -> bool:
-        return self.why_not(context) is None
-
     def knobs(self, context: Context) -> tuple[Knob, ...]:
-        agents, layers = _agents(context), context.model.architecture.n_layers
-        if not agents:
+        if why_not_plan(self, context) is not None:
             return ()
+        layers = context.model.architecture.n_layers
         return (
-            Knob("agent", "structural", agents, "which unit computes the layers"),
+            Knob("agent", "structural", _agents(context), "which unit computes the layers"),
             Knob("source_tier", "structural", ("host", "storage"), "where streamed layers come from", default="host"),
             Knob("buffers", "structural", (1, 2, 3), "layers there is room for beside the resident ones", default=2,
                  low=1, high=9),
@@ -67,12 +64,8 @@ class LayerStream:
         """Add the most layers that fit, which a coarse grid may leave out."""
         if "resident_layers" in fixed:
             return block
-        every = Block(block.structural, {"resident_layers": np.arange(context.model.architecture.n_layers + 2)})
-        fits = np.ones(every.n_candidates, dtype=np.bool_)
-        for tier, used in self.footprint(context, every).items():
-            fits &= used <= context.budget_bytes[tier]
-        most = np.flatnonzero(fits)[-1:]
-        return Block(block.structural, {"resident_layers": np.union1d(block.columns["resident_layers"], most)})
+        sizes = np.arange(context.model.architecture.n_layers + 2)
+        return with_largest_that_fits(self, context, block, "resident_layers", sizes)
 
     def footprint(self, context: Context, block: Block) -> dict[str, Array]:
         used = dict(_held(context, block))

@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.errors import SpecError
-from simmem.policy.base import Block, Knob, Placement, register
+from simmem.policy.base import Block, Knob, Placement, register, why_not_plan
 from simmem.policy.context import Context
 from simmem.policy.families._tier_bytes import BUFFERS, Layout, footprint, layout, placements, route
 from simmem.policy.families._tier_schedule import IN_SERIES, tier_schedule
@@ -55,10 +55,6 @@ class TierPercent:
             f"{context.device.name} has no unit with a memory of its own that is copied to and from "
             f"{context.device.host}")
 
-    def applies(self, context: Context) -> bool:
-        """Whether there is a GPU with memory of its own, with links both ways, and keys and values to place."""
-        return self.why_not(context) is None
-
     def agents(self, context: Context, block: Block) -> tuple[str, ...]:
         """The GPU, and the CPU where it attends."""
         host = context.host_agent
@@ -74,7 +70,7 @@ class TierPercent:
         return structural["weights_split"] == "matrices" and "weights_percent" not in fixed
 
     def knobs(self, context: Context) -> tuple[Knob, ...]:
-        if not self.applies(context):
+        if why_not_plan(self, context) is not None:
             return ()
         gpus, batch = _gpus(context), context.workload.batch
         splits = _splits(batch)

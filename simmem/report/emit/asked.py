@@ -10,6 +10,7 @@ from pathlib import Path
 
 from simmem.errors import SimmemError
 from simmem.planner.document import Emission, Plan
+from simmem.policy.base import one_value
 from simmem.policy.context import Context
 from simmem.spec import library
 from simmem.spec.model import Model
@@ -55,7 +56,7 @@ class Asked:
     @property
     def share(self) -> float:
         """Share of the weights that stays resident."""
-        return 1.0 if self.source == self.fast else float(self.plan.policy.knobs.get("resident_ratio", 1.0))
+        return 1.0 if self.source == self.fast else float(one_value(self.plan.policy.knobs.get("resident_ratio", 1.0)))
 
     @property
     def weights(self) -> str:
@@ -146,6 +147,7 @@ def dropped_parts(asked: Asked) -> list[str]:
                  + (", row and column as one bundle" if knobs["bundled"] else "")
                  + (", near ones merged" if knobs["coalesce"] else "") + ": a checkpoint has whole matrices")
     parts.append(f"keep {knobs['reader_threads']} reads in flight")
-    if float(knobs["attention_resident"]) < 1:
-        parts.append(f"hold {float(knobs['attention_resident']):.0%} of embeddings and attention resident")
+    attention = float(one_value(knobs["attention_resident"]))
+    if attention < 1:
+        parts.append(f"hold {attention:.0%} of embeddings and attention resident")
     return parts

@@ -10,6 +10,7 @@ from __future__ import annotations
 import shlex
 
 from simmem.planner.document import Emission
+from simmem.policy.base import one_value
 from simmem.report.emit.asked import Asked, Realise, by_policy, cannot, dropped_parts, realised, size
 from simmem.report.emit.ggml_formats import CACHE_TYPES, converts_as_is, gguf_bytes, is_plain, nearest_type
 from simmem.spec.ggml_types import GgmlType
@@ -114,7 +115,7 @@ def _flash_window(asked: Asked) -> Emission:
 
 
 def _layer_split(asked: Asked) -> Emission:
-    n_layers, given = asked.model.architecture.n_layers, int(asked.plan.policy.knobs["gpu_layers"])
+    n_layers, given = asked.model.architecture.n_layers, int(one_value(asked.plan.policy.knobs["gpu_layers"]))
     kind, held = _weights(asked)
     over = _split_over_budget(asked, sum(held.values()) / asked.context.total_bytes)
     if over:
