@@ -126,9 +126,11 @@ class Decoder:
         self.keys[layer, :, position] = k
         self.values[layer, :, position] = v
         # Two batched products: for a single query torch's fused attention takes six times as long on the CPU in bf16.
-        keys, values = (kept[layer, :, : position + 1] for kept in (self.keys, self.values))
-        scores = torch.bmm(q.view(a.n_kv_heads, -1, a.d_head), keys.transpose(1, 2)).mul_(a.d_head**-0.5)
-        mixed = torch.bmm(scores.softmax(-1, dtype=torch.float32).to(self.dtype), values)
+        # In fp32, conversion included: 0.2 ms there instead of 0.3 with 32 heads and 150 tokens, 1.0 for 1.6 with 1050.
+        wide = torch.float32 if self.hidden.device.type == "cpu" else self.dtype
+        keys, values = (kept[layer, :, : position + 1].to(wide) for kept in (self.keys, self.values))
+        scores = torch.bmm(q.view(a.n_kv_heads, -1, a.d_head).to(wide), keys.transpose(1, 2)).mul_(a.d_head**-0.5)
+        mixed = torch.bmm(scores.softmax(-1, dtype=torch.float32).to(wide), values).to(self.dtype)
         _project(mixed.reshape(1, -1), "o", weights, self._out)
         self.hidden.add_(self._out)
 
