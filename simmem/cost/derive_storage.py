@@ -108,8 +108,8 @@ def _batch(reads: Sequence[Judged], fit: SurfaceFit) -> list[MeasuredFigure]:
 
         t = n · read_seconds(s, q) + q · reader_time + batch_time
 
-    of n reads by q readers, by least squares in the logarithm; ranges are those of the fits without each of the batches in turn. Behind a pause
-    times scatter by nature: they count however noisy they are.
+    of n reads by q readers, by least squares in the logarithm; ranges are those of the fits without each of the batches
+    in turn. Behind a pause times scatter by nature: they count however noisy they are.
     """
     some = [(p, j) for p, j in reads if p.probe == "batch-read" and p.refused is None]
     if len(some) < _FEW_BATCHES:

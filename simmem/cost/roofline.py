@@ -191,7 +191,7 @@ def _move_s(schedule: Schedule, index: int, what: DemandClass, device: Device, f
     seconds = seconds * requests
     if link.reader_time is not None:
         wake = link.reader_time.value * _factor(factors, f"link.{name}.reader_time")
-        # Beside the reads, not under them: a reader that wakes has nothing in flight, and takes a core from those that have.
+        # Beside the reads, not under them: a reader that wakes has nothing in flight, and takes a core from the others.
         seconds = seconds + np.minimum(depth, requests) * wake
     late = np.zeros_like(n_bytes)  # handing in and waking up keep nobody but who waits
     if link.batch_time is not None:
