@@ -55,7 +55,8 @@ def reasons(plan: Plan, device: Device, notes: list[str]) -> list[str]:
         if fit.stream_token_latency_s is None:
             text += ", and nothing is left to stream it through or from"
         elif by_rate:
-            text += f"; reading all of it for each {step} would bring {rate_words(batch / fit.stream_token_latency_s)}"
+            text += (f"; reading all of it for each {step} would bring "
+                     f"{rate_words(batch / fit.stream_token_latency_s)} while decoding")
         else:
             text += f"; reading all of it for each {step} would take {format_quantity(fit.stream_token_latency_s, 's')}"
         found.append(text)
