@@ -182,7 +182,7 @@ def test_llama_cpp_never_asks_for_more_than_the_budget(model: str, weights: str,
     loaded, batch, prompt = load_model(model), 2, 100
     a, kind = loaded.architecture, nearest_type(loaded, weights)
     whole = matrix_bytes_per_param(weights) * loaded.params
-    vram = share * whole + 1.5e9
+    vram = share * whole + 0.4e9
     if vram > 24e9:
         vram = share * 24e9
     emit = asked("llama.cpp", "rtx4090-pc", model, weights=weights, policy="layer-split", prompt=prompt,
@@ -206,7 +206,7 @@ def test_llama_cpp_never_asks_for_more_than_the_budget(model: str, weights: str,
     assert (emit.realises == "exact") == (weights == "fp16" and not fewer)
     if fewer:
         assert f"{given} layers on the GPU" in fewer[0]
-        assert held(given + 1) > vram * 0.99
+        assert held(given + 2) > vram
 
 
 def test_weights_of_mixed_precision_are_not_emitted_as_if_they_were_one() -> None:

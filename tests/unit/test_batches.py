@@ -1,4 +1,4 @@
-"""Is the batch that is found worth its memory, is it found where memory ends, and does it keep to knobs that are set?"""
+"""Is the batch that is found worth its memory, and does it keep to what fits and to knobs that are set?"""
 
 from __future__ import annotations
 
