@@ -24,6 +24,7 @@ from simmem.sim.analytic import analytic
 from simmem.sim.events import events
 from simmem.sim.timeline import BREAKDOWN, Timeline, critical_path
 from simmem.spec.device import Device
+from simmem.spec.workload import Workload
 
 __all__ = [
     "alternative",
@@ -35,10 +36,12 @@ __all__ = [
     "load_seconds",
     "memory_use",
     "predict",
+    "prefill_changed",
     "prefill_seconds",
     "quality_of",
     "timelines",
     "token_seconds",
+    "tokens_per_s",
 ]
 
 Array = NDArray[np.float64]
@@ -69,17 +72,24 @@ def token_seconds(candidate: Candidate, rows: NDArray[np.int64], changes: dict[s
 def felt(candidate: Candidate, schedule: Schedule, keys: Sequence[str], factor: float) -> list[str]:
     """Those of some figures whose change by a factor moves the analytic latency at all, all tried at once."""
     n, rows = len(keys), schedule.n_candidates
+    device = candidate.context.device
+    each = schedule.repeated(n)  # figures fastest
+    took = durations(each, device, _one_changed(keys, factor, rows))
+    seconds = analytic(each, took).token_s.reshape(rows, n).mean(axis=0)
+    base = float(analytic(schedule, durations(schedule, device)).token_s.mean())
+    return [key for key, changed in zip(keys, seconds, strict=True) if abs(changed / base - 1.0) >= NOT_FELT]
+
+
+def _one_changed(keys: Sequence[str], factor: float, rows: int) -> dict[str, float | Array]:
+    """Factors for columns rows × figures, figures fastest, in which column k of a row has figure k changed."""
+    n = len(keys)
     factors: dict[str, float | Array] = {}
     for column, key in enumerate(keys):
         for part, value in curve_factors(key, factor).items():
             changed = np.array(factors.get(part, np.ones(n * rows)))
             changed[column::n] *= value
             factors[part] = changed
-    each = schedule.repeated(n)  # figures fastest
-    device = candidate.context.device
-    seconds = analytic(each, durations(each, device, factors)).token_s.reshape(rows, n).mean(axis=0)
-    base = float(analytic(schedule, durations(schedule, device)).token_s.mean())
-    return [key for key, took in zip(keys, seconds, strict=True) if abs(took / base - 1.0) >= NOT_FELT]
+    return factors
 
 
 def interval_factors(candidate: Candidate, rows: NDArray[np.int64]) -> tuple[float, float]:
@@ -134,8 +144,27 @@ def _analytic_seconds(candidate: Candidate, rows: NDArray[np.int64]) -> float:
 
 def prefill_seconds(candidate: Candidate) -> float:
     """Time to the first token with the planned residency loaded. [s]"""
-    schedule = candidate.policy.prefill(candidate.context, candidate.block)
-    return float(analytic(schedule, durations(schedule, candidate.context.device)).makespan_s[0])
+    context, key = candidate.context, ("prefill", candidate.policy.name, *candidate.knobs.items())
+    if key not in context.memo:
+        schedule = candidate.policy.prefill(context, candidate.block)
+        context.memo[key] = float(analytic(schedule, durations(schedule, context.device)).makespan_s[0])
+    known: float = context.memo[key]
+    return known
+
+
+def prefill_changed(candidate: Candidate, keys: Sequence[str], factor: float) -> dict[str, float]:
+    """The same with one figure at a time changed by a factor, figure → time. [s]"""
+    if not keys:
+        return {}
+    schedule = candidate.policy.prefill(candidate.context, candidate.block).repeated(len(keys))
+    took = durations(schedule, candidate.context.device, _one_changed(keys, factor, 1))
+    return dict(zip(keys, analytic(schedule, took).makespan_s.tolist(), strict=True))
+
+
+def tokens_per_s(workload: Workload, first_token_s: float, token_latency_s: float) -> float:
+    """Tokens a second of the whole answer, prompt included: batch·N / (first + (N − 1)·latency). [token/s]"""
+    n = workload.new_tokens
+    return workload.batch * n / (first_token_s + (n - 1) * token_latency_s)
 
 
 def load_seconds(candidate: Candidate) -> float:
@@ -166,7 +195,6 @@ def predict(candidate: Candidate, rows: NDArray[np.int64], *, interval_rows: NDA
     paths = [critical_path(t) for t in runs]
     first = prefill_seconds(candidate)
     report = candidate.policy.report(context, candidate.block, rows)
-    n = workload.new_tokens
     moved = [t.schedule.timed_bytes for t in runs]
     links = {name: float(np.mean([m.get(f"link.{name}", np.zeros(1))[0] for m in moved]))
              for name in context.device.link}
@@ -178,7 +206,7 @@ def predict(candidate: Candidate, rows: NDArray[np.int64], *, interval_rows: NDA
         token_latency_percentiles_s=Percentiles(p50=p50, p95=p95, p99=p99),
         first_token_s=first,
         load_s=load_seconds(candidate),
-        tokens_per_s=workload.batch * n / (first + (n - 1) * mean),
+        tokens_per_s=tokens_per_s(workload, first, mean),
         decode_tokens_per_s=workload.batch / mean,
         breakdown_s={k: float(np.mean([p[k] for p in paths])) for k in BREAKDOWN},
         busy_s={k: float(np.mean([t.busy_s[k] for t in runs])) for k in runs[0].busy_s},

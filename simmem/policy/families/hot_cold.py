@@ -87,8 +87,8 @@ class HotCold:
                  hint="layer fills whole layers in their order, random takes neurons blindly"),
             Knob("kv_cache", "structural", ("host", "with-heads"), "where keys and values lie", default="host"),
             Knob("gpu_weight_bytes", "demand", tuple(np.linspace(low, high, SIZES).tolist()),
-                 "weights in the GPU's memory, predictor and output projection included, in bytes", low=low,
-                 high=high),
+                 "weights in the GPU's memory, predictor and output projection included, in bytes or e.g. 10GB",
+                 low=low, high=high, dimension="bytes"),
         )
 
     def agents(self, context: Context, block: Block) -> tuple[str, ...]:

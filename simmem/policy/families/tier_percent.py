@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.errors import SpecError
-from simmem.policy.base import Block, Knob, Placement, register, why_not_plan
+from simmem.policy.base import Block, Knob, Placement, one_value, register, why_not_plan
 from simmem.policy.context import Context
 from simmem.policy.families._tier_bytes import BUFFERS, Layout, footprint, layout, placements, route
 from simmem.policy.families._tier_schedule import IN_SERIES, tier_schedule
@@ -28,6 +28,8 @@ __all__ = ["TierPercent"]
 Array = NDArray[np.float64]
 
 PERCENTS = ("weights_percent", "kv_percent", "activations_percent")
+MOST = 10_000_000
+"""Sequences of a workload at most, as `Workload` has it."""
 SPLITS = 24
 """Ways to cut the sequences into GPU batches that are searched."""
 ROUNDING = 1.0 - 1e-8
@@ -69,6 +71,14 @@ class TierPercent:
         """Whole matrices are what FlexGen makes of given shares; shares that are searched are exact."""
         return structural["weights_split"] == "matrices" and "weights_percent" not in fixed
 
+    def sequences(self, fixed: Mapping[str, object]) -> tuple[int, bool]:
+        """What the batch must be a multiple of where a GPU batch or their number is set; where both are, the batch.
+
+        Raises SpecError for what is no number of sequences.
+        """
+        given = [_whole(name, fixed[name]) for name in ("gpu_batch", "n_gpu_batches") if name in fixed]
+        return math.prod(given), len(given) == 2
+
     def knobs(self, context: Context) -> tuple[Knob, ...]:
         if why_not_plan(self, context) is not None:
             return ()
@@ -102,6 +112,7 @@ class TierPercent:
         Raises SpecError for knobs that contradict each other, the workload or the device.
         """
         _check(context, block)
+        block = _other_part(context, block, fixed)
         kept = np.flatnonzero(block.columns["gpu_batch"] * block.columns["n_gpu_batches"] == context.workload.batch)
         if not len(kept):
             given = ", ".join(f"{k} {fixed[k]}" for k in ("gpu_batch", "n_gpu_batches") if k in fixed)
@@ -147,6 +158,12 @@ def _gpus(context: Context) -> tuple[str, ...]:
                  and route(context, host, context.memory_of(name)) and route(context, context.memory_of(name), host))
 
 
+def _whole(name: str, given: object) -> int:
+    """A number of sequences or of batches from the command line or a file."""
+    knob = Knob(name, "demand", (1,), "", low=1, high=MOST)
+    return int(one_value(knob.parse(given)))
+
+
 def _writes(context: Context) -> bool:
     """Whether something can be moved from host memory to storage."""
     return route(context, context.device.host, context.device.storage) is not None
@@ -158,6 +175,18 @@ def _splits(batch: int) -> list[tuple[int, int]]:
     sizes = sorted({*small, *(batch // d for d in small)}, reverse=True)
     picked = np.unique(np.linspace(0, len(sizes) - 1, min(len(sizes), SPLITS)).round().astype(int))
     return [(sizes[i], batch // sizes[i]) for i in picked.tolist()]
+
+
+def _other_part(context: Context, block: Block, fixed: Mapping[str, object]) -> Block:
+    """With the GPU batch set alone as many of them as make up the batch, or the other way round: a grid of the ways to
+    cut the batch may have left that out."""
+    for name, other in (("gpu_batch", "n_gpu_batches"), ("n_gpu_batches", "gpu_batch")):
+        given, rest = block.columns[name][0], block.columns[other]
+        if name in fixed and other not in fixed and context.workload.batch % given == 0:
+            block = block.only(np.flatnonzero(rest == rest[0]))
+            return Block(block.structural, {
+                **block.columns, other: np.full(block.n_candidates, context.workload.batch // given)})
+    return block
 
 
 def _check(context: Context, block: Block) -> None:
