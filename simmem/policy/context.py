@@ -28,7 +28,8 @@ Array = NDArray[np.float64]
 MAX_WINDOW = 32
 """Longest sliding window that is searched. [tokens]"""
 ROUTING_DRAWS = 8192
-"""Choices of a layer's experts that are drawn where no trace of the routing is given."""
+"""Choices of a layer's experts that are drawn where no trace of the routing is given: the standard error of a hit ratio
+is then half a point (0.5 / √8192) at most, and a replay of all cache sizes takes a tenth of a second."""
 
 
 @dataclass(frozen=True)

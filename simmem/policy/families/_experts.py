@@ -35,6 +35,8 @@ SIZES = 33
 """Cache sizes that are searched at most, the largest that fits apart."""
 ROW_SIZES = 9
 """Cache sizes by whose misses tokens are chosen that stand for all."""
+PASSES = 4
+"""Times that each of these is chosen again, the others being as they are."""
 COLD_SHARE = 4
 """pin-hot learns from this part of a trace (a quarter, as in a replay)."""
 
@@ -130,9 +132,8 @@ def steady_tokens(context: Context, n: int) -> NDArray[np.int64]:
         means = copies.mean(axis=2)
         if context.routing is None:
             means = _expected(context, np.array(sizes))
-        # As shares of what the size misses: a copy too many weighs most where there are few.
-        off = np.divide(copies - means[..., None], means[:, :1, None], out=np.zeros_like(copies),
-                        where=means[:, :1, None] > 0)
+        # As shares of a step: what it misses, and the rest of it, which is taken for a copy in every second layer.
+        off = (copies - means[..., None]) / (means[:, :1, None] + context.model.architecture.n_expert_layers / 2)
         known["rows", n] = first + _typical(off.reshape(-1, off.shape[2]), n)
     found: NDArray[np.int64] = known["rows", n]
     return found
@@ -155,12 +156,11 @@ def _typical(off: Array, n: int) -> NDArray[np.int64]:
     order = np.argsort(off.sum(axis=0), kind="stable")
     off = np.concatenate([off, off**2 - (off**2).mean(axis=1, keepdims=True)])
     parts = np.array_split(order, min(n, len(order)))
-    total, chosen = np.zeros(len(off)), []
-    # From both ends inwards: what the outer ones leave over, the many alike in the middle make up for.
-    for part in (parts[i // 2 if i % 2 == 0 else -(i // 2) - 1] for i in range(len(parts))):
-        best = part[np.argmin(((total[:, None] + off[:, part]) ** 2).sum(axis=0))]
-        total += off[:, best]
-        chosen.append(best)
+    chosen = [part[len(part) // 2] for part in parts]
+    for _ in range(PASSES):
+        for i, part in enumerate(parts):
+            others = off[:, chosen].sum(axis=1) - off[:, chosen[i]]
+            chosen[i] = part[np.argmin(((others[:, None] + off[:, part]) ** 2).sum(axis=0))]
     return np.sort(np.array(chosen, dtype=np.int64))
 
 
