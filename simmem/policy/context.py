@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from simmem.spec.device import Agent, Device, Link
 from simmem.spec.model import Model
 from simmem.spec.precision import FILE, matrix_bytes_per_param, vector_bytes_per_param
 from simmem.spec.workload import Workload
+from simmem.trace.drawn import uniform_routing
 from simmem.trace.hot import HotTable, hot_table
 from simmem.trace.replay import WindowTable, run_table, window_table
 from simmem.trace.trace import Predictor, Trace
@@ -26,6 +27,9 @@ Array = NDArray[np.float64]
 
 MAX_WINDOW = 32
 """Longest sliding window that is searched. [tokens]"""
+ROUTING_DRAWS = 8192
+"""Choices of a layer's experts that are drawn where no trace of the routing is given: the standard error of a hit ratio
+is then half a point (0.5 / √8192) at most, and a replay of all cache sizes takes a tenth of a second."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +40,11 @@ class Replayed:
     vary: Callable[[str, float], Trace] | None = None
     """The trace with one figure of its law ("active_share", "concentration") times a factor, for a synthetic one."""
     longest_window: int | None = None
+
+    @cached_property
+    def memo(self) -> dict[tuple[object, ...], Any]:
+        """What policies counted on the trace, whichever context asked."""
+        return {}
 
     @cached_property
     def table(self) -> WindowTable:
@@ -96,6 +105,13 @@ class Replayed:
         return self._widest[gap_units]
 
 
+@lru_cache(maxsize=4)
+def _drawn(model: str, n_layers: int, n_experts: int, per_token: int, batch: int, unit_bytes: float) -> Replayed:
+    """Drawn routing, and what is counted on it, kept for the precisions and budgets that a search goes through."""
+    return Replayed(uniform_routing(model, n_layers, n_experts, per_token, batch=batch, draws=ROUTING_DRAWS,
+                                    unit_bytes=unit_bytes))
+
+
 @dataclass(frozen=True)
 class Context:
     """Model, device, workload and trace, with the bytes each tier may hold."""
@@ -112,6 +128,17 @@ class Context:
     def memo(self) -> dict[tuple[object, ...], Any]:
         """Results that several blocks of one context share (shrunk windows)."""
         return {}
+
+    @cached_property
+    def routed(self) -> Replayed:
+        """The trace of the routing; where none is given, one that is drawn (`simmem.trace.drawn`).
+
+        Only for a mixture of experts.
+        """
+        a = self.model.architecture
+        assert a.experts is not None
+        return self.routing or _drawn(self.model.name, a.n_expert_layers, a.experts.count, a.experts.per_token,
+                                      self.workload.batch, 2.0 * self.model.expert_params)
 
     # --- device -----------------------------------------------------------------------------
 
@@ -203,8 +230,11 @@ class Context:
         """Bytes of a (matrix, vector) parameter of a group; their mean where a file holds the group in several. [B]"""
         if precision != FILE:
             return matrix_bytes_per_param(precision), vector_bytes_per_param(precision)
-        held = self.model.group_bytes(FILE).get(group, 0.0)  # a model may have no norms with parameters (OLMo)
-        mean = held / max(self.model.group(group).params, 1)
+        key = ("mean bytes", group)
+        if key not in self.memo:  # asked for by every op
+            held = self.model.group_bytes(FILE).get(group, 0.0)  # a model may have no norms with parameters (OLMo)
+            self.memo[key] = held / max(self.model.group(group).params, 1)
+        mean: float = self.memo[key]
         return mean, mean
 
     def read_precision(self, agent: str, group: str) -> str:
