@@ -20,7 +20,7 @@ from simmem.planner.document import (
 )
 from simmem.planner.uncertainty import TRACE_STREAM, curve_factors, draws, spread
 from simmem.schedule import Durations, Schedule
-from simmem.sim.analytic import analytic
+from simmem.sim.analytic import analytic, dedicated
 from simmem.sim.events import events
 from simmem.sim.timeline import BREAKDOWN, Timeline, critical_path
 from simmem.spec.device import Device
@@ -49,12 +49,16 @@ NOT_FELT = 5e-5
 
 def timelines(candidate: Candidate, rows: NDArray[np.int64], factors: dict[str, float | Array] | None = None,
               schedule: Schedule | None = None) -> list[Timeline]:
-    """Event runs of a decode step at each of the table rows; `schedule` is that step's, where it is at hand."""
+    """Timelines of a decode step at each of the table rows; `schedule` is that step's, where it is at hand.
+
+    The event engine runs where ops that overlap ask for more than there is; elsewhere the recurrence says the same.
+    """
     context = candidate.context
     schedule = schedule or candidate.policy.decode(context, candidate.block, rows)
     took = durations(schedule, context.device, factors)
     contention = contention_of(context, factors)
-    return [events(schedule.column(i), column_of(took, i), contention) for i in range(schedule.n_candidates)]
+    return [events(alone.schedule, column_of(took, i), contention, alone)
+            for i, alone in enumerate(dedicated(schedule, took))]
 
 
 def token_seconds(candidate: Candidate, rows: NDArray[np.int64], changes: dict[str, float] | None = None,
@@ -118,10 +122,9 @@ def law_factors(candidate: Candidate) -> dict[str, tuple[float, float]]:
         return known
     found: dict[str, tuple[float, float]] = {}
     for name, (_, low, _, high) in replayed.ends.items():
-        rows = np.arange(len(low.table.tokens))
+        rows = np.arange(len(low.timed))
         base = _analytic_seconds(candidate, rows)
-        at = [_analytic_seconds(replace(candidate, context=replace(candidate.context, replayed=end)), rows)
-              for end in (low, high)]
+        at = [_analytic_seconds(replace(candidate, context=context.with_trace(end)), rows) for end in (low, high)]
         found[name] = (at[0] / base, at[1] / base)
     context.memo[key] = found
     return found

@@ -37,11 +37,19 @@ class Replayed:
     """The trace with one figure of its law ("active_share", "concentration") times a factor, for a synthetic one."""
     longest_window: int | None = None
 
+    @property
+    def _longest(self) -> int:
+        return self.longest_window or min(MAX_WINDOW, self.trace.header.n_tokens // 3)
+
     @cached_property
     def table(self) -> WindowTable:
         """Active, held and new units under every window up to MAX_WINDOW."""
-        longest = self.longest_window or min(MAX_WINDOW, self.trace.header.n_tokens // 3)
-        return window_table(self.trace, longest)
+        return window_table(self.trace, self._longest)
+
+    @property
+    def timed(self) -> NDArray[np.int64]:
+        """Tokens of the table, without counting anything of them."""
+        return np.arange(self._longest, self.trace.header.n_tokens)
 
     @cached_property
     def ends(self) -> dict[str, tuple[float, Replayed, float, Replayed]]:
@@ -50,14 +58,14 @@ class Replayed:
         if self.vary is not None:
             for name in ("active_share", "concentration"):
                 low, high = self.trace.header.statistics[name]["factors"]
-                at = [Replayed(self.vary(name, f), longest_window=self.table.max_window) for f in (low, high)]
+                at = [Replayed(self.vary(name, f), longest_window=self._longest) for f in (low, high)]
                 found[name] = (low, at[0], high, at[1])
         return found
 
     @cached_property
     def hot(self) -> HotTable:
         """Classes of equally frequent units, told by the tokens that the table does not time."""
-        return hot_table(self.trace, self.table.tokens)
+        return hot_table(self.trace, self.timed)
 
     @cached_property
     def _asked(self) -> dict[tuple[str, int], Replayed]:
@@ -268,8 +276,11 @@ class Context:
         if self.replayed is None or all(predictor != p.name for p in self.fitted):
             return self
         name: Literal["low-rank", "gate"] = "low-rank" if predictor == "low-rank" else "gate"
-        replayed = self.replayed.asking(name, layers_ahead)
-        key = ("asking", id(replayed))
+        return self.with_trace(self.replayed.asking(name, layers_ahead))
+
+    def with_trace(self, replayed: Replayed) -> Context:
+        """The same with another trace; for the same one always the same context, which keeps what it has counted."""
+        key = ("with trace", id(replayed))
         if key not in self.memo:
             self.memo[key] = replace(self, replayed=replayed)
         found: Context = self.memo[key]

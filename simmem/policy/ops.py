@@ -24,6 +24,7 @@ __all__ = [
     "LATENT_ATTENTION_KERNELS",
     "STATE_SPACE_KERNELS",
     "STREAM_CHUNK_BYTES",
+    "Demand",
     "Ops",
     "stream_requests",
 ]
