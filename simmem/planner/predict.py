@@ -19,6 +19,8 @@ from simmem.planner.document import (
     QualityCost,
 )
 from simmem.planner.uncertainty import TRACE_STREAM, curve_factors, draws, spread
+from simmem.policy.base import Block, Policy
+from simmem.policy.context import Context
 from simmem.schedule import Durations, Schedule
 from simmem.sim.analytic import analytic, dedicated
 from simmem.sim.events import events
@@ -36,6 +38,7 @@ __all__ = [
     "memory_use",
     "predict",
     "prefill_seconds",
+    "prompt_seconds",
     "quality_of",
     "timelines",
     "token_seconds",
@@ -137,8 +140,13 @@ def _analytic_seconds(candidate: Candidate, rows: NDArray[np.int64]) -> float:
 
 def prefill_seconds(candidate: Candidate) -> float:
     """Time to the first token with the planned residency loaded. [s]"""
-    schedule = candidate.policy.prefill(candidate.context, candidate.block)
-    return float(analytic(schedule, durations(schedule, candidate.context.device)).makespan_s[0])
+    return float(prompt_seconds(candidate.policy, candidate.context, candidate.block)[0])
+
+
+def prompt_seconds(policy: Policy, context: Context, block: Block) -> Array:
+    """The same of every candidate of a block, (n_candidates,). [s]"""
+    schedule = policy.prefill(context, block)
+    return analytic(schedule, durations(schedule, context.device)).makespan_s
 
 
 def load_seconds(candidate: Candidate) -> float:
