@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from simmem.errors import InfeasiblePlanError, TraceError
 from simmem.planner.question import Question
-from simmem.planner.ranking import objective_value, search
+from simmem.planner.rates import most_tokens_per_s
 
 __all__ = ["MOST_SEQUENCES", "at_batch", "best_batch"]
 
@@ -41,10 +41,10 @@ def best_batch(at: Callable[[int], Question]) -> Question:
         As for one sequence.
     """
     first = at(1)
-    best, tried = first, {1: _tokens_per_s(first)}
+    best, tried = first, {1: most_tokens_per_s(first)}
     for batch in _doublings(tried):
         question = _asked(at, batch)
-        tried[batch] = 0.0 if question is None else _tokens_per_s(question)
+        tried[batch] = 0.0 if question is None else most_tokens_per_s(question)
         if question is not None and tried[batch] > tried[best.workload.batch]:
             best = question
         if not tried[batch]:
@@ -53,7 +53,7 @@ def best_batch(at: Callable[[int], Question]) -> Question:
     for batch in sorted({round(near * factor) for factor in BETWEEN} - set(tried)):
         question = _asked(at, batch)
         if question is not None:
-            tried[batch] = _tokens_per_s(question)
+            tried[batch] = most_tokens_per_s(question)
             if tried[batch] > tried[best.workload.batch]:
                 best = question
     return replace(best, batches_tried=tuple(sorted((b, rate) for b, rate in tried.items() if rate)))
@@ -74,10 +74,3 @@ def _asked(at: Callable[[int], Question], batch: int) -> Question | None:
         return at(batch)
     except (InfeasiblePlanError, TraceError):
         return None
-
-
-def _tokens_per_s(question: Question) -> float:
-    """Of the best candidate at any of the precisions; 0 where none fits. [token/s]"""
-    values = [value[0] for precision in question.precisions for c in search(question, precision).ranked
-              if (value := objective_value(c, "throughput")) is not None]
-    return 1.0 / min(values) if values else 0.0
