@@ -192,7 +192,7 @@ def _move_s(schedule: Schedule, index: Index, what: DemandClass, device: Device,
     seconds = seconds * requests
     if link.reader_time is not None:
         wake = link.reader_time.value * _factor(factors, f"link.{name}.reader_time")
-        seconds = np.maximum(seconds, np.minimum(depth, requests) * wake)
+        seconds = np.asarray(np.maximum(seconds, np.minimum(depth, requests) * wake))
     late = np.zeros_like(n_bytes)  # handing in and waking up keep nobody but who waits
     if link.batch_time is not None:
         late = (requests > 0) * link.batch_time.value * _factor(factors, f"link.{name}.batch_time")

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,7 @@ __all__ = [
     "law_factors",
     "load_seconds",
     "memory_use",
+    "placement_gap",
     "predict",
     "prefill_seconds",
     "prompt_seconds",
@@ -202,6 +204,22 @@ def predict(candidate: Candidate, rows: NDArray[np.int64], *, interval_rows: NDA
         active_share=report["active_share"],
         energy_j_per_token=_mean_energy([energy_j(context.device, t.schedule, mean) for t in runs], workload.batch),
     )
+
+
+def placement_gap(candidate: Candidate, predicted: Predicted, report: Mapping[str, Any], objective: str
+                  ) -> float | None:
+    """Share by which another placement of the same kind could at most be faster; None where the policy knows no bound.
+
+    Either its own share (`gap`), or how far the predicted time is above the least that it knows (`least_s`): of the
+    whole answer where throughput is the objective, else of a step.
+    """
+    least = report.get("least_s")
+    if not least:
+        return report.get("gap")
+    n = candidate.context.workload.new_tokens
+    took = {"total": predicted.first_token_s + (n - 1) * predicted.token_latency_s, "step": predicted.token_latency_s}
+    what = "step" if objective != "throughput" and "step" in least else "total"
+    return max(1.0 - float(least[what]) / took[what], 0.0)
 
 
 def _requests(run: Timeline, link: str) -> float:

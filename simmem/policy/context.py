@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, Literal
@@ -33,8 +33,8 @@ class Replayed:
     """A trace and what its replay counted; shared by every context that plans with it."""
 
     trace: Trace
-    vary: Callable[[str, float], Trace] | None = None
-    """The trace with one figure of its law ("active_share", "concentration") times a factor, for a synthetic one."""
+    vary: Callable[[Sequence[tuple[float, float]]], list[Trace]] | None = None
+    """The trace with factors on its law's (active share, concentration), for a synthetic one."""
     longest_window: int | None = None
 
     @property
@@ -54,13 +54,18 @@ class Replayed:
     @cached_property
     def ends(self) -> dict[str, tuple[float, Replayed, float, Replayed]]:
         """Per figure of the trace's law: low factor, the trace there, high factor, the trace there (90 % range)."""
-        found: dict[str, tuple[float, Replayed, float, Replayed]] = {}
-        if self.vary is not None:
-            for name in ("active_share", "concentration"):
-                low, high = self.trace.header.statistics[name]["factors"]
-                at = [Replayed(self.vary(name, f), longest_window=self._longest) for f in (low, high)]
-                found[name] = (low, at[0], high, at[1])
-        return found
+        if self.vary is None:
+            return {}
+        statistics = self.trace.header.statistics
+        (less, more), (flat, steep) = (statistics[name]["factors"] for name in ("active_share", "concentration"))
+        at = [Replayed(trace, longest_window=self._longest)
+              for trace in self.vary([(less, 1.0), (more, 1.0), (1.0, flat), (1.0, steep)])]
+        return {"active_share": (less, at[0], more, at[1]), "concentration": (flat, at[2], steep, at[3])}
+
+    @cached_property
+    def memo(self) -> dict[tuple[object, ...], Any]:
+        """Results that contexts with this trace share, by all else that they depend on."""
+        return {}
 
     @cached_property
     def hot(self) -> HotTable:

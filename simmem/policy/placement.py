@@ -109,7 +109,7 @@ class Balance:
         if room in self._known:
             return self._known[room]
         first = int(np.searchsorted(self._filled, room, side="right"))  # so many fit together
-        taken = np.bincount(self._place[:first], self._length[:first], len(self.stages))
+        taken: Array = np.bincount(self._place[:first], self._length[:first], len(self.stages)).astype(np.float64)
         left = room - (float(self._filled[first - 1]) if first else 0.0)
         stopped: set[int] = set()
         for place in range(first, len(self._whole)):

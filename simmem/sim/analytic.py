@@ -89,21 +89,20 @@ def dedicated(schedule: Schedule, durations: Durations) -> list[Timeline]:
     start, free, end = np.zeros(shape), np.zeros(shape), np.zeros(shape)
     stream_free = np.zeros((len(schedule.streams), schedule.n_candidates))
     present = schedule.present
-    everywhere, nowhere = present.all(axis=1).tolist(), (~present.any(axis=1)).tolist()
+    everywhere: list[bool] = np.all(present, axis=1).tolist()
+    nowhere: list[bool] = np.all(~present, axis=1).tolist()
     classes, streams = schedule.op_class.tolist(), schedule.op_stream.tolist()
     for op, deps in enumerate(schedule.deps):
-        k, until = classes[op], stream_free[streams[op]]
+        k, stream = classes[op], stream_free[streams[op]]
         ready = start[op]  # zero until here
         for d in deps:
             np.maximum(ready, end[d], out=ready)
         if nowhere[k]:
             free[op] = end[op] = ready
             continue
-        if not everywhere[k]:
-            until = np.where(present[k], until, 0.0)
-        np.maximum(ready, until, out=ready)
+        np.maximum(ready, stream if everywhere[k] else np.where(present[k], stream, 0.0), out=ready)
         np.add(ready, durations.occupancy_s[k], out=free[op])
         np.add(free[op], durations.latency_s[k], out=end[op])
-        stream_free[streams[op]] = free[op] if everywhere[k] else np.where(present[k], free[op], stream_free[streams[op]])
-    return [Timeline(schedule.column(i), *(np.ascontiguousarray(t[:, i]) for t in (start, free, end)), engine="analytic")
+        np.copyto(stream, free[op], where=present[k])
+    return [Timeline(schedule.column(i), *(np.ascontiguousarray(t[:, i]) for t in (start, free, end)), "analytic")
             for i in range(schedule.n_candidates)]

@@ -139,8 +139,8 @@ def _parts(context: Context, at: Layout, ops: Ops) -> _Parts:
 
 
 def _early_shares(ops: Ops, at: Layout, far: Array, to_gpu: tuple[str, ...], to_host: tuple[str, ...]) -> list[Array]:
-    """Share of each stage's weights that can be copied until the CPU has attended for the layer before, at the achieved
-    rates: an engine that gives the small copies precedence does as well."""
+    """Share of each stage's weights that can be copied out of host memory until the CPU has attended for the layer
+    before, at the achieved rates: an engine that gives the small copies precedence does as well."""
     context, device, model = ops.context, ops.context.device, ops.context.model
     gpu, cpu, layers = context.agent(at.gpu), context.agent(str(context.host_agent)), model.architecture.n_layers
     precision = gpu.computes_as(context.group_precision(model.mixer.name))
@@ -156,8 +156,8 @@ def _early_shares(ops: Ops, at: Layout, far: Array, to_gpu: tuple[str, ...], to_
     for shares, n_bytes in zip([at.weights] * (len(stage_bytes(context)) - 1) + [at.head], stage_bytes(context),
                                strict=True):
         copying = shares.away * n_bytes / _slowest(device, to_gpu)
-        share = np.minimum(until / np.maximum(copying, 1e-300), 1.0)
-        found.append(np.where(far > 0, share, 0.0))
+        share = np.minimum(until / np.maximum(copying, 1e-300), shares.host / np.maximum(shares.away, 1e-300))
+        found.append(np.where(far > 0, np.minimum(share, 1.0), 0.0))
     return found
 
 
@@ -255,11 +255,13 @@ def tier_schedule(context: Context, at: Layout, phase: Phase, n_tokens: int) -> 
                      "copy": parts.copy_weights[kind]}
         else:
             moves = {"read": parts.read_state, "copy": parts.copy_state}
-        before = free
+        waited = free
         for step, demands in moves.items():
             if (what, step, place) not in issued:
-                issued[what, step, place] = ops.chain(demands, deps=before, token=token, layer=where)
-            before = (*free, *issued[what, step, place])
+                # What is copied early lies in host memory; only the rest waits for a read.
+                issued[what, step, place] = ops.chain(demands, deps=free if step == "early" else waited, token=token,
+                                                      layer=where)
+            waited = (*waited, *issued[what, step, place])
             if step == upto:
                 break
         return issued[what, upto, place]
@@ -291,7 +293,8 @@ def tier_schedule(context: Context, at: Layout, phase: Phase, n_tokens: int) -> 
             back: tuple[int | None, ...] = (near,)
             if parts.far_attention is not None:
                 bring("weights", stage + 1, "early")
-                far = ops.op(parts.far_attention, deps=[*sent, *issued["state", "read", state]], token=token, layer=layer)
+                states = issued["state", "read", state]
+                far = ops.op(parts.far_attention, deps=[*sent, *states], token=token, layer=layer)
                 users = (near, far)
                 back = (near, *ops.chain(parts.from_cpu, deps=[far], token=token, layer=layer))
             attended.append(users)

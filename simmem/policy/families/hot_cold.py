@@ -184,10 +184,21 @@ class HotCold:
     def _balance(self, context: Context, block: Block) -> Balance:
         key = "balance", block.structural["predictor"], block.structural["agent"]
         if key not in context.memo:
-            fast, slow = (1.0 / (agent.rate.value * agent.rate_share.value)
-                          for agent in map(context.agent, self.agents(context, block)))
-            context.memo[key] = Balance(self._stages(context, block), fast, slow)
+            context.memo[key] = self._shared_balance(context, block)
         found: Balance = context.memo[key]
+        return found
+
+    def _shared_balance(self, context: Context, block: Block) -> Balance:
+        """The one of all contexts that have the same trace and the same stages: budgets have no part in it."""
+        fast, slow = (1.0 / (agent.rate.value * agent.rate_share.value)
+                      for agent in map(context.agent, self.agents(context, block)))
+        stages, replayed = self._stages(context, block), context.asking(str(block.structural["predictor"]), 0).replayed
+        assert replayed is not None
+        ends = [(s.unit_bytes, s.join_s, *s.frequency.tolist()) for s in (stages[0], stages[-1])]
+        alike = ("balance", fast, slow, *ends)
+        if alike not in replayed.memo:
+            replayed.memo[alike] = Balance(stages, fast, slow)
+        found: Balance = replayed.memo[alike]
         return found
 
     def _placed(self, context: Context, block: Block) -> Placed:
@@ -207,7 +218,7 @@ class HotCold:
         order = np.arange(len(stages)).reshape(2, -1).T.reshape(-1)
         before = np.zeros(len(stages))
         before[order] = np.cumsum(sizes[order]) - sizes[order]
-        return np.clip((rooms[None, :] - before[:, None]) / sizes[:, None], 0.0, 1.0)
+        return np.asarray(np.clip((rooms[None, :] - before[:, None]) / sizes[:, None], 0.0, 1.0))
 
     def _split(self, context: Context, block: Block) -> _Split:
         layers, predictor = context.model.architecture.n_layers, str(block.structural["predictor"])
