@@ -189,13 +189,13 @@ def _move_s(schedule: Schedule, index: Index, what: DemandClass, device: Device,
     count = np.maximum(requests, 1e-300)
     depth = np.minimum(schedule.depth[index], np.maximum(requests, 1.0))
     seconds = storage_seconds_per_request(link, n_bytes / count, depth, factors=factors, name=name)
-    seconds = seconds * requests
+    seconds = np.asarray(seconds * requests, dtype=np.float64)
     if link.reader_time is not None:
         wake = link.reader_time.value * _factor(factors, f"link.{name}.reader_time")
         seconds = np.asarray(np.maximum(seconds, np.minimum(depth, requests) * wake))
-    late = np.zeros_like(n_bytes)  # handing in and waking up keep nobody but who waits
+    late: Array = np.zeros_like(n_bytes)  # handing in and waking up keep nobody but who waits
     if link.batch_time is not None:
-        late = (requests > 0) * link.batch_time.value * _factor(factors, f"link.{name}.batch_time")
+        late = np.asarray((requests > 0) * link.batch_time.value * _factor(factors, f"link.{name}.batch_time"))
     return _corrected(np.asarray(seconds), floor, what, device, factors), np.asarray(late, dtype=np.float64)
 
 

@@ -24,7 +24,6 @@ __all__ = [
     "LATENT_ATTENTION_KERNELS",
     "STATE_SPACE_KERNELS",
     "STREAM_CHUNK_BYTES",
-    "Demand",
     "Ops",
     "stream_requests",
 ]

@@ -104,5 +104,6 @@ def dedicated(schedule: Schedule, durations: Durations) -> list[Timeline]:
         np.add(ready, durations.occupancy_s[k], out=free[op])
         np.add(free[op], durations.latency_s[k], out=end[op])
         np.copyto(stream, free[op], where=present[k])
-    return [Timeline(schedule.column(i), *(np.ascontiguousarray(t[:, i]) for t in (start, free, end)), "analytic")
+    begins, frees, ends = (np.ascontiguousarray(times.T) for times in (start, free, end))
+    return [Timeline(schedule.column(i), begins[i], frees[i], ends[i], "analytic")
             for i in range(schedule.n_candidates)]

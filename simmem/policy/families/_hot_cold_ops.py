@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from simmem.policy.context import Context
 from simmem.policy.families._two_agents import PROMPT_ON_GPU
-from simmem.policy.ops import Demand, Ops
+from simmem.policy.ops import Ops
 from simmem.schedule import OpKind, Phase
 
 __all__ = ["Parts", "decode_ops", "prompt_ops"]
@@ -51,9 +51,8 @@ def decode_ops(context: Context, parts: Parts, *, heads_used: float, near_rows: 
                           ops.read_bytes(parts.gpu, "ffn", predictor_params, 0.0), PREDICTOR_KERNELS) \
         if predictor_params else None
     last: int | None = None
-    attentions = _attentions(ops, parts, heads_used)
     for layer, (near, far) in enumerate(zip(near_rows, far_rows, strict=True)):
-        last = _attention(ops, attentions[layer], layer, last)
+        last = _attention(ops, parts, layer, last, heads_used)
         asked = last if predict is None else ops.op(predict, deps=[last], layer=layer)
         last = _feed(ops, parts, layer, asked, near, far)
     assert last is not None
@@ -67,9 +66,8 @@ def prompt_ops(context: Context, parts: Parts) -> tuple[Ops, int]:
     ops = Ops(context, n_columns, agents=(parts.gpu, parts.host), phase=Phase.PREFILL)
     last: int | None = None
     if ops.n_tokens < PROMPT_ON_GPU:
-        attentions = _attentions(ops, parts, 1.0)
         for layer, share in enumerate(parts.neurons):
-            attended = _attention(ops, attentions[layer], layer, last)
+            attended = _attention(ops, parts, layer, last, 1.0)
             last = _shared_feed(ops, parts, layer, attended, share)
     else:
         device, gpu = context.device, parts.gpu
@@ -90,24 +88,9 @@ def prompt_ops(context: Context, parts: Parts) -> tuple[Ops, int]:
     return ops, last
 
 
-@dataclass(frozen=True)
-class _Attention:
-    """What the attention of a layer demands; layers with the same heads on the GPU share it."""
-
-    projected: Demand
-    sent: list[Demand]
-    cold: Demand
-    known: list[Demand]
-    there: Demand
-    here: Demand
-    got: list[Demand]
-    joined: Demand
-
-
-def _attention_demands(ops: Ops, parts: Parts, near: Array, used: float) -> _Attention:
-    """Of a layer with a share `near` of its heads on the GPU: heads where their weights are, the context where keys and
-    values are."""
-    context = ops.context
+def _attention(ops: Ops, parts: Parts, layer: int, last: int | None, used: float) -> int:
+    """One layer's attention on both: heads where their weights are, the context where keys and values are."""
+    context, near = ops.context, parts.heads[layer]
     far = _rest(near)
     seen_near = np.zeros_like(near) if parts.kv_on_host else near
     handed = near * used if parts.kv_on_host else np.zeros_like(near)
@@ -116,37 +99,18 @@ def _attention_demands(ops: Ops, parts: Parts, near: Array, used: float) -> _Att
     keys = 2.0 * context.model.architecture.n_kv_heads / context.model.architecture.n_heads
     decode = ops.phase is Phase.DECODE
     flop, seen = ops.context_flop * used, ops.context_bytes * (used if decode else 1.0)
+    projected = ops.op(ops.projections(parts.gpu, ops.n_tokens, near * used), deps=[last], layer=layer)
     cold_heads = (far > 0).astype(np.float64)
-    return _Attention(
-        projected=ops.projections(parts.gpu, ops.n_tokens, near * used),
-        sent=ops.move("attention input", vector * cold_heads, out),
-        cold=ops.projections(parts.host, ops.n_tokens, far * used),
-        known=ops.move("queries, keys, values", vector * (1.0 + keys) * handed, out),
-        there=ops.attention(parts.host, ops.n_tokens, flop * (1.0 - seen_near), seen * (1.0 - seen_near)),
-        here=ops.attention(parts.gpu, ops.n_tokens, flop * seen_near, seen * seen_near),
-        got=ops.move("attention output", vector * crossing, back),
-        joined=ops.join(parts.gpu, ops.n_tokens, crossing))
-
-
-def _attentions(ops: Ops, parts: Parts, used: float) -> list[_Attention]:
-    """Of every layer."""
-    alike: dict[bytes, _Attention] = {}
-    for near in parts.heads:
-        if near.tobytes() not in alike:
-            alike[near.tobytes()] = _attention_demands(ops, parts, near, used)
-    return [alike[near.tobytes()] for near in parts.heads]
-
-
-def _attention(ops: Ops, what: _Attention, layer: int, last: int | None) -> int:
-    """One layer's attention on both."""
-    projected = ops.op(what.projected, deps=[last], layer=layer)
-    sent = ops.chain(what.sent, deps=[last], layer=layer)
-    cold = ops.op(what.cold, deps=sent, layer=layer)
-    known = ops.chain(what.known, deps=[projected], layer=layer)
-    there = ops.op(what.there, deps=[cold, *known], layer=layer)
-    here = ops.op(what.here, deps=[projected], layer=layer)
-    got = ops.chain(what.got, deps=[there], layer=layer)
-    return ops.op(what.joined, deps=[here, *got], layer=layer)
+    sent = ops.chain(ops.move("attention input", vector * cold_heads, out), deps=[last], layer=layer)
+    cold = ops.op(ops.projections(parts.host, ops.n_tokens, far * used), deps=sent, layer=layer)
+    known = ops.chain(ops.move("queries, keys, values", vector * (1.0 + keys) * handed, out), deps=[projected],
+                      layer=layer)
+    there = ops.op(ops.attention(parts.host, ops.n_tokens, flop * (1.0 - seen_near), seen * (1.0 - seen_near)),
+                   deps=[cold, *known], layer=layer)
+    here = ops.op(ops.attention(parts.gpu, ops.n_tokens, flop * seen_near, seen * seen_near), deps=[projected],
+                  layer=layer)
+    got = ops.chain(ops.move("attention output", vector * crossing, back), deps=[there], layer=layer)
+    return ops.op(ops.join(parts.gpu, ops.n_tokens, crossing), deps=[here, *got], layer=layer)
 
 
 def _feed(ops: Ops, parts: Parts, layer: int, asked: int | None, near: Array, far: Array) -> int:
