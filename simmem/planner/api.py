@@ -33,6 +33,7 @@ from simmem.planner.predict import (
     felt,
     law_factors,
     memory_use,
+    placement_gap,
     predict,
     prefill_changed,
     prefill_seconds,
@@ -169,10 +170,10 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
             engine="events", weakest_kind=str(weakest([weakest_kind(context, name, uses_trace=best.policy.uses_trace)
                                                        for name in agents_of(best.policy, context, best.block)])),
             cost_model=fitted.cost_model, search_gap=gap, extrapolating=fitted.extrapolating,
-            placement_gap=report.get("gap"),
+            placement_gap=placement_gap(best, predicted, report, question.objective),
             measured=measured_here(question.device)),
         fit=_fit(question, agent), objective=question.objective, engine=question.engine, why=[])
-    notes = [*fitted.notes, *_batches(question), *report["notes"], *_curve(best),
+    notes = [*fitted.notes, *_batches(question), *report["notes"], *_shares(result, report), *_curve(best),
              *_set_aside(question, same, best), *_too_lossy(question, found, best)]
     return result.model_copy(update={"why": reasons(result, question.device, notes)})
 
@@ -189,6 +190,15 @@ def _batches(question: Question) -> list[str]:
            f"{asked} sequences at once are the fewest within {format_quantity(TOLERANCE, 'ratio', 2)} of the most "
            f"tokens a second of the numbers tried ({rate_words(best)} with {most})")
     return [why, f"tokens a second by sequences at once: {said}"]
+
+
+def _shares(plan: Plan, report: Mapping[str, object]) -> list[str]:
+    """How far shares on the tiers are from the best, where a policy knows a bound for them."""
+    gap = plan.evidence.placement_gap
+    if gap is None or not report.get("least_s"):
+        return []
+    return [f"with these GPU batches no other shares on the tiers are more than {gap:.1%} faster: the predicted time, "
+            "against what a linear programme says that no shares beat"]
 
 
 def _trace(context: Context) -> TraceRef | None:

@@ -14,7 +14,7 @@ from dataclasses import replace
 
 from simmem.errors import InfeasiblePlanError, SpecError, TraceError
 from simmem.planner.question import Question
-from simmem.planner.ranking import objective_value, search
+from simmem.planner.rates import most_tokens_per_s
 from simmem.policy.base import policy_named
 
 __all__ = ["MOST_SEQUENCES", "TOLERANCE", "at_batch", "best_batch"]
@@ -71,12 +71,12 @@ def best_batch(at: Callable[[int], Question]) -> Question:
     unit, exactly = _unit(first)
     if unit > 1:
         first = at(unit)
-    tried = {unit: _tokens_per_s(first)}
+    tried = {unit: most_tokens_per_s(first)}
 
     def rate(batch: int) -> float:
         if batch not in tried:
             question = _asked(at, batch)
-            tried[batch] = 0.0 if question is None else _tokens_per_s(question)
+            tried[batch] = 0.0 if question is None else most_tokens_per_s(question)
         return tried[batch]
 
     if tried[unit] and not exactly:
@@ -141,10 +141,3 @@ def _asked(at: Callable[[int], Question], batch: int) -> Question | None:
         return at(batch)
     except (InfeasiblePlanError, TraceError):
         return None
-
-
-def _tokens_per_s(question: Question) -> float:
-    """Of the best candidate at any of the precisions; 0 where none fits. [token/s]"""
-    values = [value[0] for precision in question.precisions for c in search(question, precision).ranked
-              if (value := objective_value(c, "throughput")) is not None]
-    return 1.0 / min(values) if values else 0.0

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +20,10 @@ from simmem.planner.document import (
     QualityCost,
 )
 from simmem.planner.uncertainty import TRACE_STREAM, curve_factors, draws, spread
+from simmem.policy.base import Block, Policy
+from simmem.policy.context import Context
 from simmem.schedule import Durations, Schedule
-from simmem.sim.analytic import analytic
+from simmem.sim.analytic import analytic, dedicated
 from simmem.sim.events import events
 from simmem.sim.timeline import BREAKDOWN, Timeline, critical_path
 from simmem.spec.device import Device
@@ -35,9 +38,11 @@ __all__ = [
     "law_factors",
     "load_seconds",
     "memory_use",
+    "placement_gap",
     "predict",
     "prefill_changed",
     "prefill_seconds",
+    "prompt_seconds",
     "quality_of",
     "timelines",
     "token_seconds",
@@ -52,12 +57,16 @@ NOT_FELT = 5e-5
 
 def timelines(candidate: Candidate, rows: NDArray[np.int64], factors: dict[str, float | Array] | None = None,
               schedule: Schedule | None = None) -> list[Timeline]:
-    """Event runs of a decode step at each of the table rows; `schedule` is that step's, where it is at hand."""
+    """Timelines of a decode step at each of the table rows; `schedule` is that step's, where it is at hand.
+
+    The event engine runs where ops that overlap ask for more than there is; elsewhere the recurrence says the same.
+    """
     context = candidate.context
     schedule = schedule or candidate.policy.decode(context, candidate.block, rows)
     took = durations(schedule, context.device, factors)
     contention = contention_of(context, factors)
-    return [events(schedule.column(i), column_of(took, i), contention) for i in range(schedule.n_candidates)]
+    return [events(alone.schedule, column_of(took, i), contention, alone)
+            for i, alone in enumerate(dedicated(schedule, took))]
 
 
 def token_seconds(candidate: Candidate, rows: NDArray[np.int64], changes: dict[str, float] | None = None,
@@ -128,10 +137,9 @@ def law_factors(candidate: Candidate) -> dict[str, tuple[float, float]]:
         return known
     found: dict[str, tuple[float, float]] = {}
     for name, (_, low, _, high) in replayed.ends.items():
-        rows = np.arange(len(low.table.tokens))
+        rows = np.arange(len(low.timed))
         base = _analytic_seconds(candidate, rows)
-        at = [_analytic_seconds(replace(candidate, context=replace(candidate.context, replayed=end)), rows)
-              for end in (low, high)]
+        at = [_analytic_seconds(replace(candidate, context=context.with_trace(end)), rows) for end in (low, high)]
         found[name] = (at[0] / base, at[1] / base)
     context.memo[key] = found
     return found
@@ -146,10 +154,15 @@ def prefill_seconds(candidate: Candidate) -> float:
     """Time to the first token with the planned residency loaded. [s]"""
     context, key = candidate.context, ("prefill", candidate.policy.name, *candidate.knobs.items())
     if key not in context.memo:
-        schedule = candidate.policy.prefill(context, candidate.block)
-        context.memo[key] = float(analytic(schedule, durations(schedule, context.device)).makespan_s[0])
+        context.memo[key] = float(prompt_seconds(candidate.policy, context, candidate.block)[0])
     known: float = context.memo[key]
     return known
+
+
+def prompt_seconds(policy: Policy, context: Context, block: Block) -> Array:
+    """The same of every candidate of a block, (n_candidates,). [s]"""
+    schedule = policy.prefill(context, block)
+    return analytic(schedule, durations(schedule, context.device)).makespan_s
 
 
 def prefill_changed(candidate: Candidate, keys: Sequence[str], factor: float) -> dict[str, float]:
@@ -219,6 +232,22 @@ def predict(candidate: Candidate, rows: NDArray[np.int64], *, interval_rows: NDA
         active_share=report["active_share"],
         energy_j_per_token=_mean_energy([energy_j(context.device, t.schedule, mean) for t in runs], workload.batch),
     )
+
+
+def placement_gap(candidate: Candidate, predicted: Predicted, report: Mapping[str, Any], objective: str
+                  ) -> float | None:
+    """Share by which another placement of the same kind could at most be faster; None where the policy knows no bound.
+
+    Either its own share (`gap`), or how far the predicted time is above the least that it knows (`least_s`): of the
+    whole answer where throughput is the objective, else of a step.
+    """
+    least = report.get("least_s")
+    if not least:
+        return report.get("gap")
+    n = candidate.context.workload.new_tokens
+    took = {"total": predicted.first_token_s + (n - 1) * predicted.token_latency_s, "step": predicted.token_latency_s}
+    what = "step" if objective != "throughput" and "step" in least else "total"
+    return max(1.0 - float(least[what]) / took[what], 0.0)
 
 
 def _requests(run: Timeline, link: str) -> float:

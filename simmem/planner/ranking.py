@@ -8,6 +8,7 @@ bound) or a limit is reached, which the gap states.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from simmem.errors import SpecError
 from simmem.planner.bound import agents_bound
 from simmem.planner.candidate import Candidate, blocks, capacity_cut, front, score, stratified_rows
-from simmem.planner.predict import energy_j, prefill_seconds, quality_of, token_seconds
+from simmem.planner.predict import energy_j, prefill_seconds, prompt_seconds, quality_of, token_seconds
 from simmem.planner.question import Question
 from simmem.policy.base import Block, Policy, agents_of, policy_named
 from simmem.policy.context import Context
@@ -107,7 +108,7 @@ def search(question: Question, weights: str) -> Found:
         for kind in dict.fromkeys(_way_of_knowing(c.block) for c in pool):
             alike = [c for c in pool if _way_of_knowing(c.block) == kind]
             kept_of_kind = _survivors(np.array([c.score_s for c in alike]), np.array([c.fast_bytes for c in alike]))
-            ranked += _rescore(policy, context, [alike[i] for i in kept_of_kind])
+            ranked += _rescore(policy, context, [alike[i] for i in kept_of_kind], question.objective == "throughput")
     ranked.sort(key=lambda c: c.score_s)
     # That the CPU could hold and multiply everything is no reason to leave the GPU beside it without work.
     main = max(context.able_agents, key=lambda name: context.able_agents[name].rate.value, default=None)
@@ -194,10 +195,11 @@ def _survivors(seconds: Array, held_bytes: Array) -> list[int]:
     return list(dict.fromkeys([*fastest.tolist(), *lean.tolist()]))
 
 
-def _rescore(policy: Policy, context: Context, pool: list[Candidate]) -> list[Candidate]:
-    """Score candidates on up to eight tokens, those of one structure in one block."""
+def _rescore(policy: Policy, context: Context, pool: list[Candidate], with_prompt: bool) -> list[Candidate]:
+    """Score candidates on up to eight tokens, and their prompts where those count; those of one structure in one block.
+    """
     rows = stratified_rows(context, policy, SCORING_ROWS)
-    if len(rows) == 1:
+    if len(rows) == 1 and not with_prompt:
         return pool
     groups: dict[tuple[tuple[str, object], ...], list[Candidate]] = {}
     for candidate in pool:
@@ -206,8 +208,13 @@ def _rescore(policy: Policy, context: Context, pool: list[Candidate]) -> list[Ca
     for members in groups.values():
         columns = {k: np.concatenate([m.block.columns[k] for m in members]) for k in members[0].block.columns}
         block = replace(members[0].block, columns=columns)
-        seconds = score(policy, context, block, rows)
-        result += [replace(m, score_s=float(s)) for m, s in zip(members, seconds, strict=True)]
+        if len(rows) > 1:
+            seconds = score(policy, context, block, rows).tolist()
+            members = [replace(m, score_s=s) for m, s in zip(members, seconds, strict=True)]
+        if with_prompt:
+            first = prompt_seconds(policy, context, block).tolist()
+            members = [replace(m, first_token_s=s) for m, s in zip(members, first, strict=True)]
+        result += members
     return result
 
 
@@ -218,7 +225,8 @@ def objective_value(candidate: Candidate, objective: str) -> tuple[float, float]
         return candidate.fast_bytes, candidate.score_s
     if objective == "throughput":
         n = workload.new_tokens
-        return (prefill_seconds(candidate) + (n - 1) * candidate.score_s) / (workload.batch * n), candidate.score_s
+        first = candidate.first_token_s if math.isfinite(candidate.first_token_s) else prefill_seconds(candidate)
+        return (first + (n - 1) * candidate.score_s) / (workload.batch * n), candidate.score_s
     rows = stratified_rows(candidate.context, candidate.policy, SCORING_ROWS)
     energy = energy_j(candidate.context.device, candidate.policy.decode(candidate.context, candidate.block, rows),
                       candidate.score_s)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
 from typing import Any, Literal
@@ -37,36 +37,44 @@ class Replayed:
     """A trace and what its replay counted; shared by every context that plans with it."""
 
     trace: Trace
-    vary: Callable[[str, float], Trace] | None = None
-    """The trace with one figure of its law ("active_share", "concentration") times a factor, for a synthetic one."""
+    vary: Callable[[Sequence[tuple[float, float]]], list[Trace]] | None = None
+    """The trace with factors on its law's (active share, concentration), for a synthetic one."""
     longest_window: int | None = None
 
-    @cached_property
-    def memo(self) -> dict[tuple[object, ...], Any]:
-        """What policies counted on the trace, whichever context asked."""
-        return {}
+    @property
+    def _longest(self) -> int:
+        return self.longest_window or min(MAX_WINDOW, self.trace.header.n_tokens // 3)
 
     @cached_property
     def table(self) -> WindowTable:
         """Active, held and new units under every window up to MAX_WINDOW."""
-        longest = self.longest_window or min(MAX_WINDOW, self.trace.header.n_tokens // 3)
-        return window_table(self.trace, longest)
+        return window_table(self.trace, self._longest)
+
+    @property
+    def timed(self) -> NDArray[np.int64]:
+        """Tokens of the table, without counting anything of them."""
+        return np.arange(self._longest, self.trace.header.n_tokens)
 
     @cached_property
     def ends(self) -> dict[str, tuple[float, Replayed, float, Replayed]]:
         """Per figure of the trace's law: low factor, the trace there, high factor, the trace there (90 % range)."""
-        found: dict[str, tuple[float, Replayed, float, Replayed]] = {}
-        if self.vary is not None:
-            for name in ("active_share", "concentration"):
-                low, high = self.trace.header.statistics[name]["factors"]
-                at = [Replayed(self.vary(name, f), longest_window=self.table.max_window) for f in (low, high)]
-                found[name] = (low, at[0], high, at[1])
-        return found
+        if self.vary is None:
+            return {}
+        statistics = self.trace.header.statistics
+        (less, more), (flat, steep) = (statistics[name]["factors"] for name in ("active_share", "concentration"))
+        at = [Replayed(trace, longest_window=self._longest)
+              for trace in self.vary([(less, 1.0), (more, 1.0), (1.0, flat), (1.0, steep)])]
+        return {"active_share": (less, at[0], more, at[1]), "concentration": (flat, at[2], steep, at[3])}
+
+    @cached_property
+    def memo(self) -> dict[tuple[object, ...], Any]:
+        """Results that contexts with this trace share, by all else that they depend on."""
+        return {}
 
     @cached_property
     def hot(self) -> HotTable:
         """Classes of equally frequent units, told by the tokens that the table does not time."""
-        return hot_table(self.trace, self.table.tokens)
+        return hot_table(self.trace, self.timed)
 
     @cached_property
     def _asked(self) -> dict[tuple[str, int], Replayed]:
@@ -309,8 +317,11 @@ class Context:
         if self.replayed is None or all(predictor != p.name for p in self.fitted):
             return self
         name: Literal["low-rank", "gate"] = "low-rank" if predictor == "low-rank" else "gate"
-        replayed = self.replayed.asking(name, layers_ahead)
-        key = ("asking", id(replayed))
+        return self.with_trace(self.replayed.asking(name, layers_ahead))
+
+    def with_trace(self, replayed: Replayed) -> Context:
+        """The same with another trace; for the same one always the same context, which keeps what it has counted."""
+        key = ("with trace", id(replayed))
         if key not in self.memo:
             self.memo[key] = replace(self, replayed=replayed)
         found: Context = self.memo[key]

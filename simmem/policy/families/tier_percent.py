@@ -17,11 +17,12 @@ from numpy.typing import NDArray
 from simmem.errors import SpecError
 from simmem.policy.base import Block, Knob, Placement, one_value, register, why_not_plan
 from simmem.policy.context import Context
+from simmem.policy.families._tier_bound import least_rows
 from simmem.policy.families._tier_bytes import BUFFERS, Layout, footprint, layout, placements, route
-from simmem.policy.families._tier_schedule import IN_SERIES, tier_schedule
+from simmem.policy.families._tier_schedule import tier_schedule
 from simmem.policy.layers import WARM_UP
 from simmem.policy.placement_lp import Affine, TierProblem, tier_corners, tier_shares
-from simmem.schedule import OpKind, Phase, Schedule
+from simmem.schedule import Phase, Schedule
 
 __all__ = ["TierPercent"]
 
@@ -142,10 +143,11 @@ class TierPercent:
         at = layout(context, block)
         step = tier_schedule(context, at, Phase.DECODE, 1)
         read = step.timed_bytes.get(f"link.{context.storage_link[0]}", np.zeros(1))
-        gap = _gap(context, block)
+        matrices = block.structural["weights_split"] == "matrices"
         return {"requested_bytes": float(read[0]), "cache": {}, "active_share": {at.gpu: 1.0},
-                "notes": _notes(context, block, at, gap), "perplexity_ratio": 1.0,
-                "quality_source": "dense: no work is dropped", "gap": gap}
+                "notes": _notes(context, block, at), "perplexity_ratio": 1.0,
+                "quality_source": "dense: no work is dropped",
+                "least_s": {} if matrices else _least_s(context, block)}
 
 
 # --- knobs --------------------------------------------------------------------------------------------
@@ -218,7 +220,7 @@ def _problems(context: Context, gpu: str, ways: Sequence[tuple[int, bool]]) -> l
         **columns, "n_gpu_batches": np.repeat([batches for batches, _ in ways], n),
         "cpu_attention": np.repeat([helps for _, helps in ways], n)}))
     used = footprint(context, at)
-    prompt, decode = _busy_s(context, at, Phase.PREFILL), _busy_s(context, at, Phase.DECODE)
+    prompt, decode = least_rows(context, at, Phase.PREFILL), least_rows(context, at, Phase.DECODE)
     spills = _writes(context)
     return [TierProblem(
         tuple(_affine(row[i: i + n]) for row in prompt), tuple(_affine((new - 1) * row[i: i + n]) for row in decode),
@@ -229,36 +231,6 @@ def _problems(context: Context, gpu: str, ways: Sequence[tuple[int, bool]]) -> l
 
 def _affine(values: Array) -> Affine:
     return Affine(float(values[0]), values[1:] - values[0])
-
-
-def _busy_s(context: Context, at: Layout, phase: Phase) -> list[Array]:
-    """Least time of a step or a prompt at a layout: how long each stream is busy, and what is done in series. [s]
-
-    Full rates, no latencies: below every schedule of this policy.
-    """
-    schedule = tier_schedule(context, at, phase, 1)
-    uses = np.zeros((len(schedule.streams), len(schedule.classes)))
-    here = np.flatnonzero(schedule.timed)
-    np.add.at(uses, (schedule.op_stream[here], schedule.op_class[here]), 1.0)
-    seconds = np.zeros_like(schedule.flop)
-    device, series = context.device, np.zeros(len(schedule.classes))
-    for k, what in enumerate(schedule.classes):
-        if what.link is not None:
-            seconds[k] = schedule.bytes[f"link.{what.link}"][k] / device.link[what.link].rate.value
-        else:
-            agent = device.agent[str(what.agent)]
-            precision = agent.computes_as(what.precision)
-            peak = agent.flop_per_s[precision].value * agent.flop_share.value if precision else math.inf
-            rate = agent.rate.value * agent.rate_share.value
-            if what.rate == "attention" and agent.attention_rate is not None:
-                rate = agent.attention_rate.value
-            moved = schedule.bytes.get(f"memory.{agent.memory}", seconds)[k]
-            constant = agent.step_overhead if what.kind is OpKind.SYNC and agent.step_overhead else agent.op_overhead
-            seconds[k] = np.maximum(schedule.flop[k] / peak, moved / rate) + schedule.requests[k] * constant.value
-        # The GPU's part of attention runs beside the CPU's, everything else of these after one another.
-        beside = what.name == "attention" and what.agent == at.gpu
-        series[k] = (what.agent is not None and not beside) or what.name.startswith(IN_SERIES)
-    return [*(uses @ seconds), (uses.sum(axis=0) * series) @ seconds]
 
 
 def _ways(context: Context, gpu: str) -> dict[tuple[int, bool], TierProblem]:
@@ -303,26 +275,19 @@ def _placed(context: Context, block: Block, fixed: Mapping[str, object]) -> Bloc
     return Block(block.structural, columns).only(np.sort(distinct))
 
 
-def _gap(context: Context, block: Block) -> float | None:
-    """By how much other shares on the tiers could be faster, for a block of tokens or for a step, whichever these are
-    better at; by the linear programme of the same GPU batches."""
-    if block.structural["weights_split"] == "matrices":
-        return None
+def _least_s(context: Context, block: Block) -> dict[str, float]:
+    """What no shares on the tiers beat with the GPU batches of a block of one candidate, (1,): a decode step ("step"),
+    and the prompt with all decode steps ("total"). [s]"""
     at, new = layout(context, block), context.workload.new_tokens
     way = int(at.n_batches[0]), bool(at.cpu_attention[0])
     known = _ways(context, at.gpu)
     problem = known[way] if way in known else _problems(context, at.gpu, [way])[0]
-    prompt, decode = (float(max(row[0] for row in _busy_s(context, at, phase)))
-                      for phase in (Phase.PREFILL, Phase.DECODE))
-    gaps = [0.0]
-    for objective, seconds in (("total", prompt + (new - 1) * decode), ("step", (new - 1) * decode)):
-        best = tier_shares(problem, objective)
-        if best is not None and seconds:
-            gaps.append(max(1.0 - best.seconds / seconds, 0.0))
-    return min(gaps[1:], default=0.0)
+    step, total = (tier_shares(problem, objective) for objective in ("step", "total"))
+    found = {} if step is None or new < 2 else {"step": step.seconds / (new - 1)}
+    return found if total is None else {**found, "total": total.seconds}
 
 
-def _notes(context: Context, block: Block, at: Layout, gap: float | None) -> list[str]:
+def _notes(context: Context, block: Block, at: Layout) -> list[str]:
     n, found = int(at.n_batches[0]), []
     if n > 1:
         found.append(f"each layer's weights serve {n} GPU batches of {context.workload.batch // n} sequences in turn")
@@ -332,7 +297,4 @@ def _notes(context: Context, block: Block, at: Layout, gap: float | None) -> lis
     if abs(at.weights.gpu[0] - asked[0]) > 1e-3 or abs(at.weights.host[0] - asked[1]) > 1e-3:
         found.append(f"as whole matrices, {at.weights.gpu[0]:.0%} of the layers' weights are on the GPU and "
                      f"{at.weights.host[0]:.0%} in host memory, where {asked[0]:.0%} and {asked[1]:.0%} were asked for")
-    if gap is not None:
-        found.append(f"with these GPU batches no other shares on the tiers are more than {gap:.1%} faster, by a linear "
-                     "programme of all streams")
     return found
