@@ -10,7 +10,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.errors import InfeasiblePlanError, SpecError
-from simmem.planner.batches import at_batch
 from simmem.planner.bound import lower_bound
 from simmem.planner.candidate import Candidate, blocks, capacity_cut, score, stratified_rows
 from simmem.planner.document import (
@@ -26,6 +25,7 @@ from simmem.planner.document import (
     WorkloadRef,
     measured_here,
 )
+from simmem.planner.drafts import at_draft, searches_lengths, tried_in_words
 from simmem.planner.explain import reasons
 from simmem.planner.fitted import fitted_use
 from simmem.planner.predict import alternative, felt, law_factors, memory_use, predict, quality_of, token_seconds
@@ -70,6 +70,8 @@ def plan(
     objective: str = "latency",
     engine: str | None = None,
     max_quality_loss: float | None = None,
+    draft: str | None = None,
+    acceptance: float | None = None,
 ) -> Plan:
     """The best policy for a model on a device, and what to expect of it.
 
@@ -81,6 +83,8 @@ def plan(
     weights : one precision, or one for each of some tensor groups; None searches the native one, int8 and int4.
     policy, knobs : restrict the search to policies, and hold knobs at a value.
     max_quality_loss : leave out plans that raise perplexity by more than this share, or by what nobody measured.
+    draft, acceptance : a small model that proposes tokens for each step to verify, and the share of them that is
+        accepted; the knob `draft_length` says how many, and is searched where it is not named.
 
     Raises
     ------
@@ -89,12 +93,13 @@ def plan(
     InfeasiblePlanError
         Nothing fits; names the binding tier and the missing bytes.
     """
-    def at(sequences: int) -> Question:
+    def at(sequences: int, length: int | None) -> Question:
         return ask(device, model, dram=dram, vram=vram, prompt=prompt, new_tokens=new_tokens, batch=sequences,
                    weights=weights, kv=kv, trace=trace, policy=policy, knobs=knobs, objective=objective,
-                   engine=engine, max_quality_loss=max_quality_loss)
+                   engine=engine, max_quality_loss=max_quality_loss, draft=draft, acceptance=acceptance,
+                   draft_length=length)
 
-    question = at_batch(at, batch, objective)
+    question = at_draft(at, batch, objective, searched=searches_lengths(draft, knobs))
     if engine is not None:
         question.device.check_engine(engine)
     return answer(question)
@@ -137,8 +142,9 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
                               predicted=predicted, memory=memory_use(best), quality=quality_of(best))
     result = Plan(
         device=question.device_name, model=question.model_name,
-        workload=WorkloadRef(**{k: getattr(context.workload, k) for k in WorkloadRef.model_fields if k != "mixed"},
-                             mixed=dict(context.workload.mixed)),
+        workload=WorkloadRef(**{k: getattr(context.workload, k) for k in WorkloadRef.model_fields
+                                if k not in ("mixed", "draft")},
+                             mixed=dict(context.workload.mixed), draft=question.draft_name),
         trace=_trace(context),
         feasible=True, policy=PolicyChoice(name=best.policy.name, knobs=best.knobs),
         residency=[Residency(tensors=p.tensors, tier=p.tier, bytes=p.bytes)
@@ -158,7 +164,7 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
             placement_gap=report.get("gap"),
             measured=measured_here(question.device)),
         fit=_fit(question, agent), objective=question.objective, engine=question.engine, why=[])
-    notes = [*fitted.notes, *_batches(question), *report["notes"], *_curve(best),
+    notes = [*fitted.notes, *_batches(question), *tried_in_words(question), *report["notes"], *_curve(best),
              *_set_aside(same, predicted.token_latency_s), *_too_lossy(found, best)]
     return result.model_copy(update={"why": reasons(result, question.device, notes)})
 
@@ -249,10 +255,10 @@ def _baselines(question: Question, same: Found, best: Candidate, latency_s: floa
 
 
 def _naive_seconds(question: Question, weights: str, agent: str) -> float | None:
-    """A token when the whole model is read for each of them. [s]"""
+    """A token when the whole model is read for each of them, without a draft. [s]"""
     fixed = {"agent": agent, "source_tier": "storage", "resident_ratio": 0.0, "prefetch_layers": 0,
              "reader_threads": 32}
-    context = question.context(weights)
+    context = replace(question, workload=replace(question.workload, draft=None)).context(weights)
     if agent not in context.able_agents:
         return None
     policy = policy_named("stream")
@@ -267,6 +273,8 @@ def _fit(question: Question, agent: str) -> Fit:
     context = question.context(native)
     tier = context.memory_of(agent)
     needed = context.total_bytes + context.kv_bytes + context.working_bytes
+    if context.drafting is not None:
+        needed += context.drafting.total_bytes + context.drafting.kv_bytes
     budget = context.budget_bytes[tier]
     return Fit(weights=native, tier=tier, needed_bytes=needed, budget_bytes=budget,
                missing_bytes=max(needed - budget, 0.0), stream_token_latency_s=_naive_seconds(question, native, agent))

@@ -16,6 +16,7 @@ LIMITS = {
     "compute": "computing (arithmetic, or reading the weights it multiplies)",
     "predictor": "predicting which neurons are needed",
     "sync": "fixed costs of a step",
+    "draft": "drafting tokens",
     "wait": "waiting",
 }
 """What each part of the breakdown is, in words."""

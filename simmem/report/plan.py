@@ -60,7 +60,8 @@ def print_plan(plan: Plan, device: Device) -> None:
     console.print()
     console.print(Text.assemble(
         (f"{plan.model} on {device.title}", "bold"),
-        f"\n{w.prompt_tokens} prompt tokens, {w.new_tokens} new, batch {w.batch}"))
+        f"\n{w.prompt_tokens} prompt tokens, {w.new_tokens} new, batch {w.batch}"
+        + (f", {w.draft_length} drafted by {w.draft} for each step" if w.draft_length else "")))
     console.print()
 
     low, high = p.token_latency_interval_s

@@ -70,7 +70,7 @@ def _most(context: Context, *, ahead: bool) -> int:
     asked = asked_a_layer_early(context.routing.trace) if ahead and context.routing is not None else None
     if asked is not None:
         return int(count(words_of(asked)).max())
-    return min(x.count, x.per_token * context.workload.batch)
+    return min(x.count, x.per_token * context.workload.step_tokens)
 
 
 def size_grid(context: Context) -> tuple[int, ...]:
@@ -128,7 +128,7 @@ def usage(context: Context, block: Block, tokens: NDArray[np.int64]) -> Usage:
 
 def _uniform(context: Context, held: NDArray[np.int64], below: int | None, ahead: bool, policy: str) -> Usage:
     x, layers = experts_of(context), context.model.architecture.n_expert_layers
-    used = touched_experts(x.count, x.per_token, context.workload.batch)
+    used = touched_experts(x.count, x.per_token, context.workload.step_tokens)
     missed = used * (1.0 - held / x.count)
     found = np.zeros((layers, len(held)))
     found[1:] = RECALL if ahead else 0.0  # nothing comes before the first one
@@ -209,11 +209,11 @@ def computes_on_cpu(context: Context, block: Block) -> bool:
     helper = helper_of(context)
     if not block.structural["cpu_experts"] or helper is None:
         return False
-    agent, x, batch = context.agent(helper), experts_of(context), context.workload.batch
+    agent, x, together = context.agent(helper), experts_of(context), context.workload.step_tokens
     links = context.device.path(context.device.host, context.memory_of(str(block.structural["agent"])))
     copy_s = expert_bytes(context) / min(context.device.link[name].rate.value for name in links)
     params = context.model.expert_params
-    tokens = batch * x.per_token / touched_experts(x.count, x.per_token, batch)
+    tokens = together * x.per_token / touched_experts(x.count, x.per_token, together)
     peak = agent.computes_as(context.group_precision("experts"))
     assert peak is not None
     read_s = params * context.read_bytes_per_param(helper, "experts")[0] / (agent.rate.value * agent.rate_share.value)

@@ -183,7 +183,7 @@ def _problems(context: Context, gpu: str, ways: Sequence[tuple[int, bool]]) -> l
     in storage, and what each share adds to them."""
     basis = np.zeros((7, 3, 2))
     basis[1:] = np.eye(6).reshape(6, 3, 2) * 100.0
-    n, new = len(basis), context.workload.new_tokens
+    n, steps = len(basis), context.workload.decode_steps
     columns = {name: np.tile(basis[:, i], (len(ways), 1)) for i, name in enumerate(PERCENTS)}
     at = layout(context, Block({"agent": gpu}, {
         **columns, "n_gpu_batches": np.repeat([batches for batches, _ in ways], n),
@@ -192,7 +192,7 @@ def _problems(context: Context, gpu: str, ways: Sequence[tuple[int, bool]]) -> l
     prompt, decode = _busy_s(context, at, Phase.PREFILL), _busy_s(context, at, Phase.DECODE)
     spills = _writes(context)
     return [TierProblem(
-        tuple(_affine(row[i: i + n]) for row in prompt), tuple(_affine((new - 1) * row[i: i + n]) for row in decode),
+        tuple(_affine(row[i: i + n]) for row in prompt), tuple(_affine(steps * row[i: i + n]) for row in decode),
         tuple((_affine(used[tier][i: i + n]), context.budget_bytes[tier] * ROUNDING) for tier in used),
         (True, spills, spills))
         for i in range(0, n * len(ways), n)]
@@ -279,14 +279,14 @@ def _gap(context: Context, block: Block) -> float | None:
     better at; by the linear programme of the same GPU batches."""
     if block.structural["weights_split"] == "matrices":
         return None
-    at, new = layout(context, block), context.workload.new_tokens
+    at, steps = layout(context, block), context.workload.decode_steps
     way = int(at.n_batches[0]), bool(at.cpu_attention[0])
     known = _ways(context, at.gpu)
     problem = known[way] if way in known else _problems(context, at.gpu, [way])[0]
     prompt, decode = (float(max(row[0] for row in _busy_s(context, at, phase)))
                       for phase in (Phase.PREFILL, Phase.DECODE))
     gaps = [0.0]
-    for objective, seconds in (("total", prompt + (new - 1) * decode), ("step", (new - 1) * decode)):
+    for objective, seconds in (("total", prompt + steps * decode), ("step", steps * decode)):
         best = tier_shares(problem, objective)
         if best is not None and seconds:
             gaps.append(max(1.0 - best.seconds / seconds, 0.0))
