@@ -320,9 +320,9 @@ class Ops:
         kinds = drafting.layers
         parts = [(own.mixer(agent, own.n_tokens, own.context_flop, own.context_bytes), len(kinds.kind)),
                  *((own.feed(agent, name, own.n_tokens), kinds.kind.count(k)) for k, name in enumerate(kinds.names)),
-                 (own.head(agent), 1), *((what, 1) for what in (own.step(agent) if decoding else []))]
-        for what, _ in parts:
-            last = own.op(what)
+                 (own.head(agent), 1), *((one, 1) for one in (own.step(agent) if decoding else []))]
+        for one, _ in parts:
+            last = own.op(one)
         once, found = own.build(last), []
         for (k, stream), uses in parts:
             what, times = once.classes[k], uses * (self.context.workload.draft_length if decoding else 1)
