@@ -32,10 +32,10 @@ def reasons(plan: Plan, device: Device, notes: list[str]) -> list[str]:
     p, fit = plan.predicted, plan.fit
     step = "token" if plan.workload.batch == 1 else "step"  # of all sequences together
     native, chosen_weights = precision_words(fit.weights), precision_words(plan.workload.weights)
-    found = []
+    found, beside = [], " and the draft model" if plan.workload.draft_length else ""
     if fit.missing_bytes > 0:
         text = (f"{native} does not fit in {fit.tier}: it needs {format_quantity(fit.needed_bytes, 'bytes')} with "
-                f"its keys and values, {format_quantity(fit.missing_bytes, 'bytes')} more than the budget of "
+                f"its keys and values{beside}, {format_quantity(fit.missing_bytes, 'bytes')} more than the budget of "
                 f"{format_quantity(fit.budget_bytes, 'bytes')}")
         if fit.stream_token_latency_s is not None:
             text += f"; reading all of it for each token would take {format_quantity(fit.stream_token_latency_s, 's')}"
