@@ -305,6 +305,11 @@ def _sensitivities(question: Question, best: Candidate, rows: NDArray[np.int64])
         if abs(change) >= 1e-4:
             found.append(Sensitivity(figure=key, change=SENSITIVITY_CHANGE, token_latency_change=change,
                                      replanned=False))
+    draft = context.workload.draft
+    if draft is not None and draft.length and draft.acceptance:
+        more = replace(draft, acceptance=min(draft.acceptance * factor, 1.0))
+        found.append(Sensitivity(figure="acceptance", change=more.acceptance / draft.acceptance - 1.0, replanned=False,
+                                 token_latency_change=draft.tokens_per_step / more.tokens_per_step - 1.0))
     for name, (_, at_high) in law_factors(best).items():
         replayed = best.context.replayed
         assert replayed is not None

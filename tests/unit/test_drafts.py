@@ -108,6 +108,10 @@ def test_the_best_length_is_searched_and_said() -> None:
     assert found.predicted.token_latency_s == min(held)
     (said,) = [why for why in found.why if "drafts for a step" in why]
     assert all(f" {n}: " in said for n in DRAFT_LENGTHS)
+    (felt,) = [s for s in found.sensitivity if s.figure == "acceptance"]
+    more = ask(**QUESTION, acceptance=0.88, draft_length=found.workload.draft_length).workload
+    assert felt.change == pytest.approx(0.1)
+    assert felt.token_latency_change == pytest.approx(found.workload.tokens_per_step / more.tokens_per_step - 1)
     without = plan(**{**QUESTION, "draft": None})
     assert held[0] == without.predicted.token_latency_s > 2 * min(held)
 
