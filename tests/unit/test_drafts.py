@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -10,6 +11,7 @@ import pytest
 
 from simmem.errors import SimmemError
 from simmem.planner.api import answer, plan
+from simmem.planner.bound import agent_bound
 from simmem.planner.candidate import Candidate, blocks
 from simmem.planner.document import Plan
 from simmem.planner.predict import token_seconds
@@ -69,6 +71,18 @@ def test_a_step_counted_by_hand() -> None:
     assert lived["draft model"] == SMALL.bytes_at("fp16")
     assert lived["draft model's keys and values"] == 12 * 2 * 768 * 300 * 2
     assert sum(lived.values()) == pytest.approx(found.memory["vram"].used_bytes)
+
+
+def test_the_bound_counted_by_hand() -> None:
+    """The same case: matrices and context of the target once, all of the draft three times, over the tokens."""
+    context = ask("rtx4090-pc", "opt-1.3b", weights="fp16", prompt=100, new_tokens=200, draft="opt-125m",
+                  acceptance=0.7, draft_length=3).context("fp16")
+    context, gpu, d = replace(context, replayed=None), context.agent("gpu"), 768  # no neuron is left out
+    target = 2.0 * (24 * 12 * 2048**2 + 2048 * 50272) + 24 * 4 * 2048 * 200
+    draft = 2.0 * (12 * (12 * d * d + 13 * d) + d * 50272 + 2 * d) + 12 * 4 * d * 200
+    expected = (target + 3 * draft) / (gpu.rate.value * gpu.rate_share.value) / (1 + 0.7 + 0.7**2 + 0.7**3)
+    assert gpu.attention_rate is None
+    assert agent_bound(context, "gpu").token_latency_s == pytest.approx(expected, rel=1e-9)
 
 
 def speed_up(length: int, acceptance: float = 1.0, **question: Any) -> float:
