@@ -45,9 +45,11 @@ def calibrate(
         _learn(from_runs, device, out, [name for name, value in given.items() if value], as_json=as_json)
         return
     from simmem.report.calibration import calibrate_device, show_calibration
+    from simmem.runtime.cores import keep_cores
     from simmem.runtime.probe.calibrate import Asked
     from simmem.units import parse_quantity
 
+    keep_cores()
     if source is not None and (both := [name for name, value in given.items() if value]):
         raise SpecError(f"measures nothing, so that {both[0]} means nothing", key="--from")
     seconds = None if budget is None else parse_quantity(budget, "s", key="--budget")

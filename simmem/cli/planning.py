@@ -34,14 +34,16 @@ def plan(
     prompt: Annotated[int, typer.Option(help="Prompt tokens.")] = 128,
     new_tokens: Annotated[int, typer.Option("--new-tokens", help="Tokens to generate.")] = 256,
     batch: Annotated[int | None, typer.Option(
-        help="Sequences decoded together; default: 1, or searched for --objective throughput.")] = None,
+        help="Sequences decoded together; default: 1, or for --objective throughput the fewest within 3 % of the most "
+             "tokens/s.")] = None,
     weights: Annotated[str | None, typer.Option(
         help="fp32 fp16 bf16 int8 int4 int3 int2, file: its own, or by tensor group: attention=int4,experts=int2; "
              "default: searched.")] = None,
     kv: Annotated[str, typer.Option(help="Precision of keys and values.")] = "fp16",
     trace: Annotated[str | None, typer.Option(help="Built-in name or file (see `simmem traces`).")] = None,
     policy: Annotated[list[str] | None, typer.Option(help="Only this policy; may be repeated.")] = None,
-    settings: Annotated[list[str] | None, typer.Option("--set", help="Hold a knob: KNOB=VALUE; repeatable.")] = None,
+    settings: Annotated[list[str] | None, typer.Option(
+        "--set", help="Hold a knob: KNOB=VALUE, bytes as in 10GB; repeatable.")] = None,
     objective: Annotated[str, typer.Option(help="latency, throughput, energy or memory.")] = "latency",
     engine: Annotated[str | None, typer.Option(help="Use what a named software stack achieves, where known.")] = None,
     draft: Annotated[str | None, typer.Option(

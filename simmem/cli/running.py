@@ -43,10 +43,12 @@ def run(
     from simmem.planner.predict import timelines
     from simmem.planner.replan import candidate_of, read_plan
     from simmem.report.files import check_writable, write_text
+    from simmem.runtime.cores import keep_cores
     from simmem.runtime.execute.session import How, has_cuda, open_session
     from simmem.runtime.execute.task import task_of
     from simmem.validation.runs import Exactness, run_row
 
+    keep_cores()
     for key, known, value in (("--mode", MODES, mode), ("--storage", STORAGE, storage)):
         if value not in known:
             raise UnknownNameError(key.removeprefix("--"), value, known, key=key)

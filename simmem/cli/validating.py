@@ -35,6 +35,9 @@ def validate(
     as_json: Json = False,
 ) -> None:
     """Run a ladder of plans here, measured against predicted, and judge; exit 1 where predictions do not hold."""
+    from simmem.runtime.cores import keep_cores
+
+    keep_cores()
     from simmem.report.validate import Ladder, validate_machine
 
     if weights not in (None, "fp32", "bf16"):

@@ -159,17 +159,18 @@ def class_group(model: FittedCost, what: DemandClass, agent: Agent) -> Group | N
     return max(found, key=lambda g: g.threads, default=None)
 
 
-def class_work(schedule: Schedule, index: int, memory: str, group: Group) -> Work:
-    """A class of ops as products of one shape.
+def class_work(schedule: Schedule, index: int | NDArray[np.int64], what: DemandClass, memory: str, group: Group
+               ) -> Work:
+    """A class of ops as products of one shape, or several classes that differ in their amounts alone.
 
     Where the class does not say what it multiplies, every kernel is taken for one square matrix.
     """
-    what = schedule.classes[index].products
+    shape = what.products
     launches, flop = schedule.requests[index], schedule.flop[index]
     moved = schedule.bytes.get(f"memory.{memory}")
     n_bytes = np.zeros(schedule.n_candidates) if moved is None else moved[index]
-    count = np.maximum(launches, 1.0) if what is None else np.full(schedule.n_candidates, what.count)
+    count = np.maximum(launches, 1.0) if shape is None else np.full(schedule.n_candidates, shape.count)
     params = n_bytes / group.bytes_per_param / count
-    rows, cols = (np.sqrt(params),) * 2 if what is None else (params / what.cols, np.asarray(what.cols))
-    return Work(launches, count, 1.0 if what is None else what.batch, rows, cols, n_bytes, flop,
+    rows, cols = (np.sqrt(params),) * 2 if shape is None else (params / shape.cols, np.asarray(shape.cols))
+    return Work(launches, count, 1.0 if shape is None else shape.batch, rows, cols, n_bytes, flop,
                 group.bytes_per_param, group.units, whole=False)

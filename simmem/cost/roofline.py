@@ -46,12 +46,14 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
+Index = NDArray[np.int64]
+"""Places of alike classes in a schedule; amounts of theirs are (n_alike, n_candidates)."""
 Factors = Mapping[str, Array | float]
 """Figure key, e.g. "link.flash.rate" → factor on its value, scalar or (n_candidates,)."""
 
 
 def durations(schedule: Schedule, device: Device, factors: Factors | None = None) -> Durations:
-    """Evaluate every class of a schedule on a device.
+    """Evaluate every class of a schedule on a device; classes that differ in their amounts alone, all at once.
 
     Classes without demand get zero. Raises SpecError where a class names an agent or link the
     device has not.
@@ -59,24 +61,23 @@ def durations(schedule: Schedule, device: Device, factors: Factors | None = None
     factors = factors or {}
     occupancy = np.zeros_like(schedule.flop)
     latency = np.zeros_like(schedule.flop)
-    present = schedule.present
-    for index, what in enumerate(schedule.classes):
-        here = present[index]
-        if not here.any():
-            continue
+    alike: dict[DemandClass, list[int]] = {}
+    for position in np.flatnonzero(schedule.present.any(axis=1)).tolist():
+        alike.setdefault(schedule.classes[position], []).append(position)
+    for what, positions in alike.items():
+        index = np.array(positions)
         if what.agent is not None:
             occupancy[index] = _compute_s(schedule, index, what, device, factors)
         elif what.link is not None:
             occupancy[index], latency[index] = _move_s(schedule, index, what, device, factors)
         else:
             raise SpecError(f"the class {what.name!r} names neither an agent nor a link")
-        if not here.all():
-            occupancy[index][~here] = 0.0
-            latency[index][~here] = 0.0
+    occupancy[~schedule.present] = 0.0
+    latency[~schedule.present] = 0.0
     return Durations(occupancy, latency)
 
 
-def _compute_s(schedule: Schedule, index: int, what: DemandClass, device: Device, factors: Factors) -> Array:
+def _compute_s(schedule: Schedule, index: Index, what: DemandClass, device: Device, factors: Factors) -> Array:
     name = str(what.agent)
     agent = _agent(device, name)
     key, peak = arithmetic_peak(agent, name, what.precision)
@@ -135,7 +136,7 @@ def _memory_rate(agent: Agent, name: str, rate: Array | float, looped: Array | f
                        agent.cache_rate.value * _factor(factors, f"agent.{name}.cache_rate"))
 
 
-def _in_waves(schedule: Schedule, index: int, what: DemandClass, agent: Agent) -> Array:
+def _in_waves(schedule: Schedule, index: Index, what: DemandClass, agent: Agent) -> Array:
     """Arithmetic of a class, more of it where processors stand idle in the last wave of its products. [flop]"""
     flop: Array = schedule.flop[index]
     shape = what.products
@@ -151,7 +152,7 @@ def _corrected(found: Array, floor: Array, what: DemandClass, device: Device, fa
     return np.asarray(found if phase is None else np.maximum(found * drawn_factor(phase, factors), floor))
 
 
-def _fitted_s(schedule: Schedule, index: int, what: DemandClass, device: Device, agent: Agent, peak_key: str,
+def _fitted_s(schedule: Schedule, index: Index, what: DemandClass, device: Device, agent: Agent, peak_key: str,
               factors: Factors) -> tuple[Array, Array, Array | float] | None:
     """Seconds by the device's fitted cost model, the least it knows, and what of them one launch is; None where it has
     none for this class.
@@ -166,14 +167,14 @@ def _fitted_s(schedule: Schedule, index: int, what: DemandClass, device: Device,
         "overhead": _factor(factors, f"{name}.op_overhead"),
         "memory": 1.0 / (_factor(factors, f"{name}.rate") * _factor(factors, f"{name}.rate_share")),
         "arithmetic": 1.0 / (_factor(factors, peak_key) * _factor(factors, f"{name}.flop_share"))}
-    work = class_work(schedule, index, agent.memory, group)
+    work = class_work(schedule, index, what, agent.memory, group)
     drawn = factors.get(error_key(group))
     return (product_s(group, work, slower, 1.0 if drawn is None else drawn ** half_width(group, work)),
             floor_s(group, work, slower),
             sum(t.coefficient for t in group.terms if t.feature == "launches") * slower["overhead"])
 
 
-def _move_s(schedule: Schedule, index: int, what: DemandClass, device: Device, factors: Factors
+def _move_s(schedule: Schedule, index: Index, what: DemandClass, device: Device, factors: Factors
             ) -> tuple[Array, Array]:
     name = str(what.link)
     if name not in device.link:
@@ -189,14 +190,14 @@ def _move_s(schedule: Schedule, index: int, what: DemandClass, device: Device, f
     count = np.maximum(requests, 1e-300)
     depth = np.minimum(schedule.depth[index], np.maximum(requests, 1.0))
     seconds = storage_seconds_per_request(link, n_bytes / count, depth, factors=factors, name=name)
-    seconds = seconds * requests
+    seconds = np.asarray(seconds * requests, dtype=np.float64)
     if link.reader_time is not None:
         wake = link.reader_time.value * _factor(factors, f"link.{name}.reader_time")
         # Beside the reads, not under them: a reader that wakes has nothing in flight, and takes a core from the others.
-        seconds = seconds + np.minimum(depth, requests) * wake
-    late = np.zeros_like(n_bytes)  # handing in and waking up keep nobody but who waits
+        seconds = np.asarray(seconds + np.minimum(depth, requests) * wake)
+    late: Array = np.zeros_like(n_bytes)  # handing in and waking up keep nobody but who waits
     if link.batch_time is not None:
-        late = (requests > 0) * link.batch_time.value * _factor(factors, f"link.{name}.batch_time")
+        late = np.asarray((requests > 0) * link.batch_time.value * _factor(factors, f"link.{name}.batch_time"))
     return _corrected(np.asarray(seconds), floor, what, device, factors), np.asarray(late, dtype=np.float64)
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.errors import InfeasiblePlanError, SpecError
+from simmem.planner.batches import TOLERANCE
 from simmem.planner.bound import lower_bound
 from simmem.planner.candidate import Candidate, blocks, capacity_cut, score, stratified_rows
 from simmem.planner.document import (
@@ -26,18 +27,31 @@ from simmem.planner.document import (
     measured_here,
 )
 from simmem.planner.drafts import at_draft, searches_lengths, tried_in_words
-from simmem.planner.explain import reasons
+from simmem.planner.explain import rate_digits, rate_words, reasons
 from simmem.planner.fitted import fitted_use
-from simmem.planner.predict import alternative, felt, law_factors, memory_use, predict, quality_of, token_seconds
+from simmem.planner.predict import (
+    alternative,
+    felt,
+    law_factors,
+    memory_use,
+    placement_gap,
+    predict,
+    prefill_changed,
+    prefill_seconds,
+    quality_of,
+    token_seconds,
+    tokens_per_s,
+)
 from simmem.planner.question import FINAL_ROWS, Question, ask
 from simmem.planner.ranking import (
     SCORING_ROWS,
     Found,
     choose,
     event_seconds,
+    is_needless,
     is_oracle,
+    objective_value,
     pareto_front,
-    prove,
     search,
 )
 from simmem.planner.uncertainty import uncertain_figures, weakest_kind
@@ -79,7 +93,8 @@ def plan(
     ----------
     device, model, trace : built-in names, aliases or paths.
     dram, vram : what the process may hold there, e.g. "6.7GB", or a number of bytes. [B]
-    batch : sequences decoded together; one when None, or the most productive number where throughput is the objective.
+    batch : sequences decoded together; one when None, or where throughput is the objective the fewest within
+        `batches.TOLERANCE` of the most tokens a second.
     weights : one precision, or one for each of some tensor groups; None searches the native one, int8 and int4.
     policy, knobs : restrict the search to policies, and hold knobs at a value.
     max_quality_loss : leave out plans that raise perplexity by more than this share, or by what nobody measured.
@@ -114,7 +129,7 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
             raise InfeasiblePlanError(
                 "nothing that fits is known to keep perplexity within "
                 f"{format_quantity(question.max_quality_loss or 0.0, 'ratio')} of the dense "
-                f"model's: {_loss(min(lossy, key=lambda c: c.score_s))}")
+                f"model's: {_loss(_best_of(question, lossy), question)}")
         f = min(found, key=lambda f: f.missing_bytes)
         missing = float(math.ceil(f.missing_bytes))  # budgets are whole bytes
         if f.binding_tier is None:
@@ -127,7 +142,8 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
         raise InfeasiblePlanError(
             f"nothing fits: {question.model.name} on {question.device.name} needs {missing:.0f} more bytes of "
             f"{f.binding_tier} than the {f.context.budget_bytes[f.binding_tier]:.0f} allowed, in the smallest plan "
-            f"found ({f.context.workload.weights}; tried: {', '.join(question.precisions)})",
+            f"found ({f.context.workload.label}; tried: "
+            f"{f.context.workload.label if f.context.workload.mixed else ', '.join(question.precisions)})",
             tier=f.binding_tier, missing_bytes=missing)
     ranked = [c for f in found for c in f.ranked]
     best, gap = choose(ranked, question.objective, min(f.pruned_s for f in found))
@@ -161,11 +177,11 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
             engine="events", weakest_kind=str(weakest([weakest_kind(context, name, uses_trace=best.policy.uses_trace)
                                                        for name in agents_of(best.policy, context, best.block)])),
             cost_model=fitted.cost_model, search_gap=gap, extrapolating=fitted.extrapolating,
-            placement_gap=report.get("gap"),
+            placement_gap=placement_gap(best, predicted, report, question.objective),
             measured=measured_here(question.device)),
         fit=_fit(question, agent), objective=question.objective, engine=question.engine, why=[])
-    notes = [*fitted.notes, *_batches(question), *tried_in_words(question), *report["notes"], *_curve(best),
-             *_set_aside(same, predicted.token_latency_s), *_too_lossy(found, best)]
+    notes = [*fitted.notes, *_batches(question), *tried_in_words(question), *report["notes"], *_shares(result, report),
+             *_curve(best), *_set_aside(question, same, best), *_too_lossy(question, found, best)]
     return result.model_copy(update={"why": reasons(result, question.device, notes)})
 
 
@@ -173,8 +189,23 @@ def _batches(question: Question) -> list[str]:
     """What other numbers of sequences would bring, where the number was searched."""
     if not question.batches_tried:
         return []
-    said = ", ".join(f"{batch}: {rate:.3g}" for batch, rate in question.batches_tried)
-    return [f"tokens a second by sequences at once: {said}"]
+    said = ", ".join(f"{batch}: {rate_digits(rate)}" for batch, rate in question.batches_tried)
+    asked, (most, best) = question.workload.batch, max(question.batches_tried, key=lambda one: one[1])
+    if len(question.batches_tried) == 1:
+        return []
+    why = (f"{asked} sequences at once bring the most tokens a second of the numbers tried" if asked == most else
+           f"{asked} sequences at once are the fewest within {format_quantity(TOLERANCE, 'ratio', 2)} of the most "
+           f"tokens a second of the numbers tried ({rate_words(best)} with {most})")
+    return [why, f"tokens a second by sequences at once: {said}"]
+
+
+def _shares(plan: Plan, report: Mapping[str, object]) -> list[str]:
+    """How far shares on the tiers are from the best, where a policy knows a bound for them."""
+    gap = plan.evidence.placement_gap
+    if gap is None or not report.get("least_s"):
+        return []
+    return [f"with these GPU batches no other shares on the tiers are more than {gap:.1%} faster: the predicted time, "
+            "against what a linear programme says that no shares beat"]
 
 
 def _trace(context: Context) -> TraceRef | None:
@@ -203,59 +234,95 @@ def _some(candidate: Candidate) -> NDArray[np.int64]:
     return stratified_rows(candidate.context, candidate.policy, SIDE_ROWS)
 
 
-def _set_aside(same: Found, latency_s: float) -> list[str]:
+def _best_of(question: Question, candidates: Sequence[Candidate]) -> Candidate:
+    """The most productive where tokens a second are the objective, else the fastest, by the analytic engine."""
+    return min(candidates, key=lambda c: _seconds(question, c))
+
+
+def _seconds(question: Question, candidate: Candidate) -> float:
+    """A step, or for throughput the time of the whole answer for each token of it. [s]"""
+    value = objective_value(candidate, "throughput") if question.objective == "throughput" else None
+    return candidate.score_s if value is None else value[0]
+
+
+def _would(question: Question, candidate: Candidate) -> str:
+    """What a plan that is not the answer would do, in the words of the objective."""
+    seconds = _seconds(question, candidate)
+    if question.objective == "throughput":
+        return f"would bring {rate_words(1.0 / seconds)}"
+    return f"would take {format_quantity(seconds, 's')}"
+
+
+def _set_aside(question: Question, same: Found, best: Candidate) -> list[str]:
     """What would be faster if work were dropped, and why it is not the answer."""
-    if not same.set_aside or same.set_aside[0].score_s >= latency_s:
+    if not same.set_aside:
         return []
-    fastest = same.set_aside[0]
+    fastest = _best_of(question, same.set_aside)
+    if _seconds(question, fastest) >= _seconds(question, best):
+        return []
     ratio = quality_of(fastest).perplexity_ratio
     cost = "what that costs in quality was not measured" if ratio is None else f"that costs perplexity × {ratio:.3f}"
     why = ("its trace is an oracle's, which no engine can follow" if is_oracle(fastest) else
            f"it leaves neurons out although all weights fit, and {cost}")
-    return [f"{fastest.policy.name} would take {format_quantity(fastest.score_s, 's')}, but {why}; "
+    return [f"{fastest.policy.name} {_would(question, fastest)}, but {why}; "
             f"--policy {fastest.policy.name} asks for it"]
 
 
-def _loss(candidate: Candidate) -> str:
+def _loss(candidate: Candidate, question: Question) -> str:
     """What is known of the quality that a candidate costs."""
-    quality, weights = quality_of(candidate), candidate.context.workload.weights
+    quality, weights = quality_of(candidate), candidate.context.workload.label
     cost = (f"perplexity × {quality.perplexity_ratio:.3f}" if quality.perplexity_ratio is not None
             else "an unknown amount of quality")
-    return f"{candidate.policy.name} at {weights}, the fastest of the others, costs {cost}"
+    most = "most productive" if question.objective == "throughput" else "fastest"
+    return f"{candidate.policy.name} at {weights}, the {most} of the others, costs {cost}"
 
 
-def _too_lossy(found: Sequence[Found], best: Candidate) -> list[str]:
+def _too_lossy(question: Question, found: Sequence[Found], best: Candidate) -> list[str]:
     """What would be faster if more quality could be lost."""
-    faster = [c for f in found for c in f.too_lossy if c.score_s < best.score_s]
+    faster = [c for f in found for c in f.too_lossy if _seconds(question, c) < _seconds(question, best)]
     if not faster:
         return []
-    fastest = min(faster, key=lambda c: c.score_s)
-    return [f"{_loss(fastest)} and would take {format_quantity(fastest.score_s, 's')}: more than was allowed or "
-            "measured"]
+    fastest = _best_of(question, faster)
+    return [f"{_loss(fastest, question)} and {_would(question, fastest)}: more than was allowed or measured"]
 
 
 def _baselines(question: Question, same: Found, best: Candidate, latency_s: float) -> list[Baseline]:
-    """The best of every other policy at the same precision and budget, and nothing resident at all."""
-    others = [*same.ranked, *same.set_aside]
+    """The best of every other policy at the same precision and budget, and nothing resident at all.
+
+    What drops work where it need not, or could not be followed, stands for its policy only where nothing else does.
+    """
+    others, fits = [*same.ranked, *same.set_aside], same.fits
     missing = [n for n in policies() if n not in question.policy_names]
     if missing:
         more = search(replace(question, policy_names=tuple(missing), fixed={}, defaults=False),
                       best.context.workload.weights)
-        others += [*more.ranked, *more.set_aside]
-    found: dict[str, float] = {}
+        others, fits = [*others, *more.ranked, *more.set_aside], fits or more.fits
+
+    def aside(c: Candidate) -> bool:
+        alike = best.policy.uses_trace and (is_oracle(best) or not is_oracle(c))
+        return is_needless(c, fits=fits) and not alike
+
+    found: dict[str, tuple[Candidate, float]] = {}
     for name in policies():
         mine = [c for c in others if c.policy.name == name]
         if mine and name != best.policy.name:
-            fastest, _ = prove(mine, n_rows=SIDE_ROWS)
-            found[name + (", by an oracle" if is_oracle(fastest) else "")] = event_seconds(fastest, SCORING_ROWS)
-    naive = _naive_seconds(question, best.context.workload.weights, str(best.block.structural["agent"]))
+            rivals = [c for c in mine if not aside(c)] or mine
+            # By the energy of a plan nothing can be compared where figures are missing, by its bytes no speed.
+            objective = question.objective if question.objective == "throughput" else "latency"
+            fastest, _ = choose(rivals, objective, n_rows=SIDE_ROWS)
+            found[name + (", by an oracle" if is_oracle(fastest) else "")] = (
+                fastest, event_seconds(fastest, SCORING_ROWS))
+    naive = _naive(question, best.context.workload.weights, str(best.block.structural["agent"]))
     if naive is not None:
-        found["stream, nothing resident"] = naive
-    return [Baseline(policy=k, token_latency_s=v, speedup=v / latency_s) for k, v in found.items()]
+        found["stream, nothing resident"] = naive, naive.score_s
+    return [Baseline(policy=name, token_latency_s=seconds, speedup=seconds / latency_s, set_aside=aside(c),
+                     tokens_per_s=tokens_per_s(c.context.workload, prefill_seconds(c), seconds))
+            for name, (c, seconds) in found.items()]
 
 
-def _naive_seconds(question: Question, weights: str, agent: str) -> float | None:
-    """A token when the whole model is read for each of them, without a draft. [s]"""
+def _naive(question: Question, weights: str, agent: str) -> Candidate | None:
+    """The plan that reads the whole model for each token, nothing resident and nothing drafted; None where nothing is
+    left for it."""
     fixed = {"agent": agent, "source_tier": "storage", "resident_ratio": 0.0, "prefetch_layers": 0,
              "reader_threads": 32}
     context = replace(question, workload=replace(question.workload, draft=None)).context(weights)
@@ -264,7 +331,7 @@ def _naive_seconds(question: Question, weights: str, agent: str) -> float | None
     policy = policy_named("stream")
     for block in blocks(policy, context, fixed):
         if capacity_cut(policy, context, block).fits.all():
-            return float(score(policy, context, block, np.zeros(1, dtype=np.int64))[0])
+            return Candidate(context, policy, block, float(score(policy, context, block, np.zeros(1, np.int64))[0]))
     return None
 
 
@@ -275,9 +342,10 @@ def _fit(question: Question, agent: str) -> Fit:
     needed = context.total_bytes + context.kv_bytes + context.working_bytes
     if context.drafting is not None:
         needed += context.drafting.total_bytes + context.drafting.kv_bytes
-    budget = context.budget_bytes[tier]
+    budget, naive = context.budget_bytes[tier], _naive(question, native, agent)
     return Fit(weights=native, tier=tier, needed_bytes=needed, budget_bytes=budget,
-               missing_bytes=max(needed - budget, 0.0), stream_token_latency_s=_naive_seconds(question, native, agent))
+               missing_bytes=max(needed - budget, 0.0),
+               stream_token_latency_s=None if naive is None else naive.score_s)
 
 
 def _used_links(best: Candidate, rows: NDArray[np.int64]) -> list[str]:
@@ -287,10 +355,22 @@ def _used_links(best: Candidate, rows: NDArray[np.int64]) -> list[str]:
 
 
 def _sensitivities(question: Question, best: Candidate, rows: NDArray[np.int64]) -> list[Sensitivity]:
-    """The latency with one figure changed by a tenth: plan held fixed, or replanned for a capacity."""
+    """The latency with one figure changed by a tenth: plan held fixed, or replanned for a capacity.
+
+    Where tokens a second are the objective, their change too, prompt included, and sorted by it.
+    """
     context, agent = best.context, str(best.block.structural["agent"])
     schedule = best.policy.decode(context, best.block, rows)
     base, found, keys = token_seconds(best, rows, schedule=schedule), [], []
+    by_rate = question.objective == "throughput"
+    first = prefill_seconds(best)
+    base_rate = tokens_per_s(context.workload, first, base)
+
+    def changed(figure: str, change: float, token_s: float, first_s: float, *, replanned: bool = False) -> Sensitivity:
+        rate = tokens_per_s(context.workload, first_s, token_s) / base_rate - 1.0 if by_rate else None
+        return Sensitivity(figure=figure, change=change, token_latency_change=token_s / base - 1.0,
+                           replanned=replanned, tokens_per_s_change=rate)
+
     used = {*agents_of(best.policy, context, best.block), context.host_agent}
     links = {*context.path_to(agent), *_used_links(best, rows)}
     for key in uncertain_figures(context):
@@ -300,31 +380,43 @@ def _sensitivities(question: Question, best: Candidate, rows: NDArray[np.int64])
         if part != "link" or name in links:
             keys.append(key)
     factor = 1.0 + SENSITIVITY_CHANGE
-    for key in felt(best, schedule, keys, factor):
-        change = token_seconds(best, rows, {key: factor}, schedule) / base - 1.0
-        if abs(change) >= 1e-4:
-            found.append(Sensitivity(figure=key, change=SENSITIVITY_CHANGE, token_latency_change=change,
-                                     replanned=False))
+    steps = {key: token_seconds(best, rows, {key: factor}, schedule) for key in felt(best, schedule, keys, factor)}
+    prompts = prefill_changed(best, keys, factor) if by_rate else {}
+    for key in keys:
+        one = changed(key, SENSITIVITY_CHANGE, steps.get(key, base), prompts.get(key, first))
+        if max(abs(one.token_latency_change), abs(one.tokens_per_s_change or 0.0)) >= 1e-4:
+            found.append(one)
     draft = context.workload.draft
     if draft is not None and draft.length and draft.acceptance:
         more = replace(draft, acceptance=min(draft.acceptance * factor, 1.0))
-        found.append(Sensitivity(figure="acceptance", change=more.acceptance / draft.acceptance - 1.0, replanned=False,
-                                 token_latency_change=draft.tokens_per_step / more.tokens_per_step - 1.0))
+        found.append(changed("acceptance", more.acceptance / draft.acceptance - 1.0,
+                             base * draft.tokens_per_step / more.tokens_per_step, first))
     for name, (_, at_high) in law_factors(best).items():
         replayed = best.context.replayed
         assert replayed is not None
-        found.append(Sensitivity(figure=f"trace.{name}", change=replayed.ends[name][2] - 1.0,
-                                 token_latency_change=at_high - 1.0, replanned=False))
+        found.append(changed(f"trace.{name}", replayed.ends[name][2] - 1.0, at_high * base, first))
     for tier in dict.fromkeys((best.context.memory_of(agent), best.context.device.host)):
         budget = dict(question.budget_bytes)
         budget[tier] *= 1.0 + SENSITIVITY_CHANGE
         again = search(replace(question, budget_bytes=budget), best.context.workload.weights)
         if again.ranked:
             other, _ = choose(again.ranked, question.objective, n_rows=len(rows))
-            change = token_seconds(other, stratified_rows(other.context, other.policy, len(rows))) / base - 1.0
+            took = token_seconds(other, stratified_rows(other.context, other.policy, len(rows)))
+            its_first = prefill_seconds(other) if by_rate else first
             # The plan at hand still fits a larger budget, so a replanned one that is no better is not taken.
-            if question.objective == "latency":
-                change = min(change, 0.0)
-            found.append(Sensitivity(figure=f"memory.{tier}.budget", change=SENSITIVITY_CHANGE,
-                                     token_latency_change=change, replanned=True))
-    return sorted(found, key=lambda s: (-abs(s.token_latency_change), s.figure))
+            if not _is_better(question.objective, (other, took, its_first), (best, base, first)):
+                took, its_first = base, first
+            found.append(changed(f"memory.{tier}.budget", SENSITIVITY_CHANGE, took, its_first, replanned=True))
+    return sorted(found, key=lambda s: (
+        -abs(s.token_latency_change if s.tokens_per_s_change is None else s.tokens_per_s_change), s.figure))
+
+
+def _is_better(objective: str, other: tuple[Candidate, float, float], held: tuple[Candidate, float, float]) -> bool:
+    """Whether one plan beats another by what is optimised, each with its step and its prompt. [s]"""
+    if objective == "latency":
+        return other[1] < held[1]
+    if objective == "throughput":
+        workload = held[0].context.workload
+        return tokens_per_s(workload, other[2], other[1]) > tokens_per_s(workload, held[2], held[1])
+    values = [objective_value(candidate, objective) for candidate, _, _ in (other, held)]
+    return values[0] is not None and values[1] is not None and values[0] < values[1]

@@ -26,13 +26,15 @@ def _used(context: Context, *, any_token: bool = False) -> tuple[float, dict[str
     draft model's apart.
 
     Mean activity of the trace (or of what one of its predictors asked for, where that is less), or that of the least
-    active token. Experts are read once for all the tokens that chose them: as many as uniform routing takes, or,
-    where a trace of the routing is there, no more than one token needs.
+    active token. Experts are read once for all the tokens that chose them: as many as the step of drawn routing that
+    takes fewest, or, where a trace of the routing is there, no more than one token needs.
     """
     model, batch = context.model, context.workload.step_tokens
     active, x = 1.0, context.model.architecture.experts
-    skewed = 1.0 if context.routing is None or x is None else x.per_token / touched_experts(
-        x.count, x.per_token, batch)
+    skewed = 1.0
+    if x is not None and batch > 1:
+        fewest = x.per_token if context.routing else context.routed.trace.active_counts.mean(axis=1).min()
+        skewed = min(float(fewest) / touched_experts(x.count, x.per_token, batch), 1.0)
     if context.trace is not None:
         for known in (context, *(context.asking(p.name, p.layers_ahead or 0) for p in context.fitted)):
             by_token = known.table.active_units.mean(axis=1) / known.table.n_units

@@ -46,6 +46,8 @@ class Candidate:
     """Analytic mean token latency over the scoring tokens. [s]"""
     fast_bytes: float = float("nan")
     """Held outside storage. [B]"""
+    first_token_s: float = float("nan")
+    """Time to the first token, where the objective asked for it. [s]"""
 
     @property
     def knobs(self) -> dict[str, Setting]:

@@ -10,6 +10,7 @@ from simmem.policy.base import Setting
 from simmem.spec.base import Kind
 from simmem.spec.device import Device
 from simmem.spec.measurement import CALIBRATED
+from simmem.spec.workload import weights_label
 
 __all__ = [
     "Alternative",
@@ -52,6 +53,11 @@ class WorkloadRef(_Part):
     draft_length: int = 0
     tokens_per_step: float = 1.0
     """Expected tokens of a sequence in a decode step."""
+
+    @property
+    def label(self) -> str:
+        """The precision of the weights in words, as `Workload.label`."""
+        return weights_label(self.weights, self.mixed)
 
 
 class TraceRef(_Part):
@@ -123,6 +129,10 @@ class Baseline(_Part):
     policy: str
     token_latency_s: float
     speedup: float
+    tokens_per_s: float | None = None
+    """Of the whole answer, prompt included, as in `Predicted`."""
+    set_aside: bool = False
+    """It drops work where the dense model fits, or by an oracle: faster or not, it is no rival of the plan."""
 
 
 class Sensitivity(_Part):
@@ -130,6 +140,8 @@ class Sensitivity(_Part):
     change: float
     token_latency_change: float
     replanned: bool
+    tokens_per_s_change: float | None = None
+    """The same of the tokens a second, prompt included, where they are the objective."""
 
 
 class Alternative(_Part):

@@ -11,15 +11,17 @@ from dataclasses import replace
 
 from simmem.errors import InfeasiblePlanError, TraceError
 from simmem.planner.batches import at_batch
+from simmem.planner.explain import rate_digits
 from simmem.planner.question import DRAFT_LENGTH, DRAFT_LENGTHS, Question
 from simmem.planner.ranking import objective_value, search
+from simmem.planner.rates import most_tokens_per_s
 from simmem.units import format_quantity
 
 __all__ = ["at_draft", "searches_lengths", "tried_in_words"]
 
 _SHOWN: dict[str, tuple[str, Callable[[float], str]]] = {
     "latency": ("time of a token", lambda value: format_quantity(value, "s")),
-    "throughput": ("tokens a second", lambda value: f"{1.0 / value:.3g}"),
+    "throughput": ("tokens a second", lambda value: rate_digits(1.0 / value)),
     "energy": ("energy of a token", lambda value: f"{value:.3g} J"),
     "memory": ("memory", lambda value: format_quantity(value, "bytes"))}
 """Objective → what is compared, and how a value of it reads."""
@@ -69,6 +71,9 @@ def at_draft(at: Callable[[int, int | None], Question], batch: int | None, objec
 
 def _value(question: Question) -> float | None:
     """What the objective asks to be small, of the best candidate at any of the precisions; None where none fits."""
+    if question.objective == "throughput":
+        rate = most_tokens_per_s(question)
+        return 1.0 / rate if rate else None
     ranked = [c for precision in question.precisions for c in search(question, precision).ranked]
     if question.objective == "latency":
         return min((c.score_s for c in ranked), default=None)

@@ -96,7 +96,7 @@ def _corrected(learnt: dict[str, PhaseFactor]) -> FittedUse:
 def _worst(schedule: Schedule, index: int, memory: str, group: Group) -> _Op:
     """The column of a class that lies furthest outside what was measured."""
     here = schedule.present[index]
-    work = class_work(schedule, index, memory, group)
+    work = class_work(schedule, index, schedule.classes[index], memory, group)
     outside = np.broadcast_to(octaves_outside(group, work), here.shape)[here]
     wide = np.broadcast_to(half_width(group, work), here.shape)[here]
     return _Op(group, float(wide.max()), float(outside.max()))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,11 +20,14 @@ from simmem.planner.document import (
     QualityCost,
 )
 from simmem.planner.uncertainty import TRACE_STREAM, curve_factors, draws, spread
+from simmem.policy.base import Block, Policy
+from simmem.policy.context import Context
 from simmem.schedule import Durations, Schedule
-from simmem.sim.analytic import analytic
+from simmem.sim.analytic import analytic, dedicated
 from simmem.sim.events import events
 from simmem.sim.timeline import BREAKDOWN, Timeline, critical_path
 from simmem.spec.device import Device
+from simmem.spec.workload import Workload
 
 __all__ = [
     "alternative",
@@ -34,11 +38,15 @@ __all__ = [
     "law_factors",
     "load_seconds",
     "memory_use",
+    "placement_gap",
     "predict",
+    "prefill_changed",
     "prefill_seconds",
+    "prompt_seconds",
     "quality_of",
     "timelines",
     "token_seconds",
+    "tokens_per_s",
 ]
 
 Array = NDArray[np.float64]
@@ -49,12 +57,16 @@ NOT_FELT = 5e-5
 
 def timelines(candidate: Candidate, rows: NDArray[np.int64], factors: dict[str, float | Array] | None = None,
               schedule: Schedule | None = None) -> list[Timeline]:
-    """Event runs of a decode step at each of the table rows; `schedule` is that step's, where it is at hand."""
+    """Timelines of a decode step at each of the table rows; `schedule` is that step's, where it is at hand.
+
+    The event engine runs where ops that overlap ask for more than there is; elsewhere the recurrence says the same.
+    """
     context = candidate.context
     schedule = schedule or candidate.policy.decode(context, candidate.block, rows)
     took = durations(schedule, context.device, factors)
     contention = contention_of(context, factors)
-    return [events(schedule.column(i), column_of(took, i), contention) for i in range(schedule.n_candidates)]
+    return [events(alone.schedule, column_of(took, i), contention, alone)
+            for i, alone in enumerate(dedicated(schedule, took))]
 
 
 def token_seconds(candidate: Candidate, rows: NDArray[np.int64], changes: dict[str, float] | None = None,
@@ -70,17 +82,24 @@ def token_seconds(candidate: Candidate, rows: NDArray[np.int64], changes: dict[s
 def felt(candidate: Candidate, schedule: Schedule, keys: Sequence[str], factor: float) -> list[str]:
     """Those of some figures whose change by a factor moves the analytic latency at all, all tried at once."""
     n, rows = len(keys), schedule.n_candidates
+    device = candidate.context.device
+    each = schedule.repeated(n)  # figures fastest
+    took = durations(each, device, _one_changed(keys, factor, rows))
+    seconds = analytic(each, took).token_s.reshape(rows, n).mean(axis=0)
+    base = float(analytic(schedule, durations(schedule, device)).token_s.mean())
+    return [key for key, changed in zip(keys, seconds, strict=True) if abs(changed / base - 1.0) >= NOT_FELT]
+
+
+def _one_changed(keys: Sequence[str], factor: float, rows: int) -> dict[str, float | Array]:
+    """Factors for columns rows × figures, figures fastest, in which column k of a row has figure k changed."""
+    n = len(keys)
     factors: dict[str, float | Array] = {}
     for column, key in enumerate(keys):
         for part, value in curve_factors(key, factor).items():
             changed = np.array(factors.get(part, np.ones(n * rows)))
             changed[column::n] *= value
             factors[part] = changed
-    each = schedule.repeated(n)  # figures fastest
-    device = candidate.context.device
-    seconds = analytic(each, durations(each, device, factors)).token_s.reshape(rows, n).mean(axis=0)
-    base = float(analytic(schedule, durations(schedule, device)).token_s.mean())
-    return [key for key, took in zip(keys, seconds, strict=True) if abs(took / base - 1.0) >= NOT_FELT]
+    return factors
 
 
 def interval_factors(candidate: Candidate, rows: NDArray[np.int64]) -> tuple[float, float]:
@@ -119,10 +138,9 @@ def law_factors(candidate: Candidate) -> dict[str, tuple[float, float]]:
         return known
     found: dict[str, tuple[float, float]] = {}
     for name, (_, low, _, high) in replayed.ends.items():
-        rows = np.arange(len(low.table.tokens))
+        rows = np.arange(len(low.timed))
         base = _analytic_seconds(candidate, rows)
-        at = [_analytic_seconds(replace(candidate, context=replace(candidate.context, replayed=end)), rows)
-              for end in (low, high)]
+        at = [_analytic_seconds(replace(candidate, context=context.with_trace(end)), rows) for end in (low, high)]
         found[name] = (at[0] / base, at[1] / base)
     context.memo[key] = found
     return found
@@ -135,8 +153,32 @@ def _analytic_seconds(candidate: Candidate, rows: NDArray[np.int64]) -> float:
 
 def prefill_seconds(candidate: Candidate) -> float:
     """Time to the first token with the planned residency loaded. [s]"""
-    schedule = candidate.policy.prefill(candidate.context, candidate.block)
-    return float(analytic(schedule, durations(schedule, candidate.context.device)).makespan_s[0])
+    context, key = candidate.context, ("prefill", candidate.policy.name, *candidate.knobs.items())
+    if key not in context.memo:
+        context.memo[key] = float(prompt_seconds(candidate.policy, context, candidate.block)[0])
+    known: float = context.memo[key]
+    return known
+
+
+def prompt_seconds(policy: Policy, context: Context, block: Block) -> Array:
+    """The same of every candidate of a block, (n_candidates,). [s]"""
+    schedule = policy.prefill(context, block)
+    return analytic(schedule, durations(schedule, context.device)).makespan_s
+
+
+def prefill_changed(candidate: Candidate, keys: Sequence[str], factor: float) -> dict[str, float]:
+    """The same with one figure at a time changed by a factor, figure → time. [s]"""
+    if not keys:
+        return {}
+    schedule = candidate.policy.prefill(candidate.context, candidate.block).repeated(len(keys))
+    took = durations(schedule, candidate.context.device, _one_changed(keys, factor, 1))
+    return dict(zip(keys, analytic(schedule, took).makespan_s.tolist(), strict=True))
+
+
+def tokens_per_s(workload: Workload, first_token_s: float, token_latency_s: float) -> float:
+    """Tokens a second of the whole answer, prompt included: batch·N / (first + (N − 1)·latency). [token/s]"""
+    n = workload.new_tokens
+    return workload.batch * n / (first_token_s + (n - 1) * token_latency_s)
 
 
 def load_seconds(candidate: Candidate) -> float:
@@ -167,7 +209,6 @@ def predict(candidate: Candidate, rows: NDArray[np.int64], *, interval_rows: NDA
     paths = [critical_path(t) for t in runs]
     first = prefill_seconds(candidate)
     report = candidate.policy.report(context, candidate.block, rows)
-    n = workload.new_tokens
     moved = [t.schedule.timed_bytes for t in runs]
     links = {name: float(np.mean([m.get(f"link.{name}", np.zeros(1))[0] for m in moved])) / per
              for name in context.device.link}
@@ -179,7 +220,7 @@ def predict(candidate: Candidate, rows: NDArray[np.int64], *, interval_rows: NDA
         token_latency_percentiles_s=Percentiles(p50=p50, p95=p95, p99=p99),
         first_token_s=first,
         load_s=load_seconds(candidate),
-        tokens_per_s=workload.batch * n / (first + (n - 1) * mean),
+        tokens_per_s=tokens_per_s(workload, first, mean),
         decode_tokens_per_s=workload.batch / mean,
         breakdown_s={k: float(np.mean([p[k] for p in paths])) / per for k in BREAKDOWN},
         busy_s={k: float(np.mean([t.busy_s[k] for t in runs])) / per for k in runs[0].busy_s},
@@ -194,6 +235,22 @@ def predict(candidate: Candidate, rows: NDArray[np.int64], *, interval_rows: NDA
         energy_j_per_token=_mean_energy([energy_j(context.device, t.schedule, mean * per) for t in runs],
                                         workload.batch * per),
     )
+
+
+def placement_gap(candidate: Candidate, predicted: Predicted, report: Mapping[str, Any], objective: str
+                  ) -> float | None:
+    """Share by which another placement of the same kind could at most be faster; None where the policy knows no bound.
+
+    Either its own share (`gap`), or how far the predicted time is above the least that it knows (`least_s`): of the
+    whole answer where throughput is the objective, else of a step.
+    """
+    least = report.get("least_s")
+    if not least:
+        return report.get("gap")
+    n = candidate.context.workload.new_tokens
+    took = {"total": predicted.first_token_s + (n - 1) * predicted.token_latency_s, "step": predicted.token_latency_s}
+    what = "step" if objective != "throughput" and "step" in least else "total"
+    return max(1.0 - float(least[what]) / took[what], 0.0)
 
 
 def _requests(run: Timeline, link: str) -> float:

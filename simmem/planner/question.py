@@ -14,7 +14,7 @@ from simmem.spec.device import Device, load_device
 from simmem.spec.model import Model, load_model
 from simmem.spec.precision import FILE, PRECISIONS
 from simmem.spec.workload import MOST_DRAFTED, Draft, Workload, mixed_precisions
-from simmem.trace import Trace, open_trace, sparsest_trace_within
+from simmem.trace import Trace, open_trace, sparsest_trace_within, varied_traces
 from simmem.units import format_quantity, parse_quantity
 
 __all__ = ["DRAFT_LENGTH", "DRAFT_LENGTHS", "FINAL_ROWS", "MAX_LOSS", "OBJECTIVES", "Question", "ask"]
@@ -184,12 +184,8 @@ def _replay(name: str | None, model: Model, batch: int) -> Replayed | None:
     if opened is None or opened.header.kind == "captured" or "concentration" not in opened.header.statistics:
         return Replayed(opened) if opened else None  # no law: captured, or like a captured one
 
-    def vary(figure: str, factor: float) -> Trace:
-        activity, concentration = (factor, 1.0) if figure == "active_share" else (1.0, factor)
-        other = open_trace(name, model, batch=batch, n_tokens=MAX_WINDOW + VARIED_ROWS, activity=activity,
-                           concentration=concentration)
-        assert other is not None
-        return other
+    def vary(factors: Sequence[tuple[float, float]]) -> list[Trace]:
+        return varied_traces(name, model, factors, batch=batch, n_tokens=MAX_WINDOW + VARIED_ROWS)
 
     return Replayed(opened, vary)
 

@@ -8,6 +8,7 @@ bound) or a limit is reached, which the gap states.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -17,7 +18,7 @@ from numpy.typing import NDArray
 from simmem.errors import SpecError
 from simmem.planner.bound import agents_bound
 from simmem.planner.candidate import Candidate, blocks, capacity_cut, front, score, stratified_rows
-from simmem.planner.predict import energy_j, prefill_seconds, quality_of, token_seconds
+from simmem.planner.predict import energy_j, prefill_seconds, prompt_seconds, quality_of, token_seconds
 from simmem.planner.question import Question
 from simmem.policy.base import Block, Policy, agents_of, policy_named
 from simmem.policy.context import Context
@@ -28,6 +29,7 @@ __all__ = [
     "Found",
     "choose",
     "event_seconds",
+    "is_needless",
     "is_oracle",
     "objective_value",
     "pareto_front",
@@ -49,7 +51,9 @@ PARETO_LIMIT = 6
 """Entries of the front that are reported."""
 SIMPLICITY = ("resident", "layer-split", "stream", "layer-stream", "tier-percent", "hot-cold", "expert-cache",
               "flash-window")
-"""Among equally fast plans the one with the fewest moving parts is the answer."""
+"""Among equally good plans the one with the fewest moving parts is the answer."""
+TIE = 1e-6
+"""Values that differ by no more than this share are equally good: sums in another order differ by less."""
 
 
 @dataclass(frozen=True)
@@ -66,6 +70,8 @@ class Found:
     missing_bytes: float
     pruned_s: float = float("inf")
     """What was left out because a bound said so could not be faster than this. [s]"""
+    fits: bool = False
+    """Whether all weights fit the memory of the fastest unit, so that no work has to be dropped."""
 
 
 def search(question: Question, weights: str) -> Found:
@@ -103,20 +109,20 @@ def search(question: Question, weights: str) -> Found:
         for kind in dict.fromkeys(_way_of_knowing(c.block) for c in pool):
             alike = [c for c in pool if _way_of_knowing(c.block) == kind]
             kept_of_kind = _survivors(np.array([c.score_s for c in alike]), np.array([c.fast_bytes for c in alike]))
-            ranked += _rescore(policy, context, [alike[i] for i in kept_of_kind])
+            ranked += _rescore(policy, context, [alike[i] for i in kept_of_kind], question.objective == "throughput")
     ranked.sort(key=lambda c: c.score_s)
     # That the CPU could hold and multiply everything is no reason to leave the GPU beside it without work.
     main = max(context.able_agents, key=lambda name: context.able_agents[name].rate.value, default=None)
     fits = any(c.policy.name == "resident" and c.block.structural["agent"] == main for c in ranked)
 
-    def needless(c: Candidate) -> bool:
-        return question.open_choice and c.policy.uses_trace and (fits or is_oracle(c))
+    def aside(c: Candidate) -> bool:
+        return question.open_choice and is_needless(c, fits=fits)
 
     lossy = _too_lossy(question, ranked)
     allowed = [c for c in ranked if id(c) not in lossy]
     missing_bytes, binding_tier = nearest or (0.0, None)
-    return Found(context, tuple(c for c in allowed if not needless(c)), tuple(c for c in allowed if needless(c)),
-                 tuple(c for c in ranked if id(c) in lossy), binding_tier, missing_bytes, pruned)
+    return Found(context, tuple(c for c in allowed if not aside(c)), tuple(c for c in allowed if aside(c)),
+                 tuple(c for c in ranked if id(c) in lossy), binding_tier, missing_bytes, pruned, fits)
 
 
 def _too_lossy(question: Question, ranked: Sequence[Candidate]) -> set[int]:
@@ -145,16 +151,39 @@ def is_oracle(candidate: Candidate) -> bool:
     return candidate.knobs.get("predictor") == "oracle"
 
 
+def is_needless(candidate: Candidate, *, fits: bool) -> bool:
+    """Whether a plan drops work where the dense model fits, or by an oracle: nobody should be advised to."""
+    return candidate.policy.uses_trace and (fits or is_oracle(candidate))
+
+
 def choose(ranked: Sequence[Candidate], objective: str, pruned_s: float = float("inf"), n_rows: int = SCORING_ROWS
            ) -> tuple[Candidate, float | None]:
-    """The best by an objective, and the search gap where the objective is latency."""
+    """The best by an objective, the simplest of those equally good, and the search gap where it is latency."""
     if objective == "latency":
         return prove(sorted(ranked, key=lambda c: c.score_s), pruned_s, n_rows)
-    values = [(value, index) for index, c in enumerate(ranked) if (value := objective_value(c, objective)) is not None]
-    if not values:
+    valued = [(value, c) for c in ranked if (value := objective_value(c, objective)) is not None]
+    if not valued:
         raise SpecError(f"{ranked[0].context.device.name} has no sourced energy figures for every part of any plan",
                         key="--objective")
-    return ranked[min(values)[1]], None
+    least, best = min(valued, key=lambda one: one[0])
+    near = [(value, c) for value, c in valued if c.context is best.context and value[0] <= least[0] * (1 + TIE)]
+    if objective == "memory":  # of the same bytes the fastest
+        near = [(value, c) for value, c in near if value[1] <= least[1] * (1 + TIE)]
+    first: dict[int, Candidate] = {}
+    for _, candidate in sorted(near, key=lambda one: one[0]):
+        first.setdefault(_moving_parts(candidate), candidate)
+    if len(first) == 1:
+        return best, None
+    # Equally good by the analytic engine: with what they share, the simpler one may still be the slower one.
+    took = {parts: event_seconds(c, n_rows) for parts, c in first.items()}
+    limit = min(took.values()) * (1 + TIE)
+    return first[min(parts for parts in first if took[parts] <= limit)], None
+
+
+def _moving_parts(candidate: Candidate) -> int:
+    """The place of a policy among all, those that move least first."""
+    name = candidate.policy.name
+    return SIMPLICITY.index(name) if name in SIMPLICITY else len(SIMPLICITY)
 
 
 def _survivors(seconds: Array, held_bytes: Array) -> list[int]:
@@ -167,10 +196,11 @@ def _survivors(seconds: Array, held_bytes: Array) -> list[int]:
     return list(dict.fromkeys([*fastest.tolist(), *lean.tolist()]))
 
 
-def _rescore(policy: Policy, context: Context, pool: list[Candidate]) -> list[Candidate]:
-    """Score candidates on up to eight tokens, those of one structure in one block."""
+def _rescore(policy: Policy, context: Context, pool: list[Candidate], with_prompt: bool) -> list[Candidate]:
+    """Score candidates on up to eight tokens, and their prompts where those count; those of one structure in one block.
+    """
     rows = stratified_rows(context, policy, SCORING_ROWS)
-    if len(rows) == 1:
+    if len(rows) == 1 and not with_prompt:
         return pool
     groups: dict[tuple[tuple[str, object], ...], list[Candidate]] = {}
     for candidate in pool:
@@ -179,8 +209,13 @@ def _rescore(policy: Policy, context: Context, pool: list[Candidate]) -> list[Ca
     for members in groups.values():
         columns = {k: np.concatenate([m.block.columns[k] for m in members]) for k in members[0].block.columns}
         block = replace(members[0].block, columns=columns)
-        seconds = score(policy, context, block, rows)
-        result += [replace(m, score_s=float(s)) for m, s in zip(members, seconds, strict=True)]
+        if len(rows) > 1:
+            seconds = score(policy, context, block, rows).tolist()
+            members = [replace(m, score_s=s) for m, s in zip(members, seconds, strict=True)]
+        if with_prompt:
+            first = prompt_seconds(policy, context, block).tolist()
+            members = [replace(m, first_token_s=s) for m, s in zip(members, first, strict=True)]
+        result += members
     return result
 
 
@@ -191,7 +226,8 @@ def objective_value(candidate: Candidate, objective: str) -> tuple[float, float]
         return candidate.fast_bytes, candidate.score_s
     if objective == "throughput":
         n = workload.new_tokens
-        return (prefill_seconds(candidate) + (n - 1) * candidate.score_s) / (workload.batch * n), candidate.score_s
+        first = candidate.first_token_s if math.isfinite(candidate.first_token_s) else prefill_seconds(candidate)
+        return (first + (n - 1) * candidate.score_s) / (workload.batch * n), candidate.score_s
     rows = stratified_rows(candidate.context, candidate.policy, SCORING_ROWS)
     energy = energy_j(candidate.context.device, candidate.policy.decode(candidate.context, candidate.block, rows),
                       candidate.score_s * workload.tokens_per_step)
@@ -228,7 +264,7 @@ def event_seconds(candidate: Candidate, n_rows: int) -> float:
 
 def _simplest(best: Candidate, seconds: float, ranked: Sequence[Candidate], n_rows: int) -> Candidate:
     """The policy that moves least (resident before stream) where it is as fast as the best to a millionth."""
-    limit = seconds * (1 + 1e-6)
+    limit = seconds * (1 + TIE)
     for name in SIMPLICITY:
         if name == best.policy.name:
             break

@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from simmem.errors import SpecError, UnknownNameError
 from simmem.policy.context import Context
 from simmem.schedule import Schedule
+from simmem.units import format_quantity, parse_quantity
 
 __all__ = [
     "Block",
@@ -68,6 +69,8 @@ class Knob:
     """Values that may be set but are not worth searching."""
     hint: str = ""
     """What a user can do about a value that is missing."""
+    dimension: Literal["", "bytes"] = ""
+    """What its numbers count; a text may then carry a unit, such as "10 GB", and a bare number is in the SI unit."""
 
     def parse(self, given: object) -> Setting:
         """A value from the command line or a file, checked against the knob's type and range."""
@@ -102,12 +105,15 @@ class Knob:
         try:
             number = float(str(given))
         except ValueError:
-            raise SpecError(f"found {given!r}, expected a number", key=self.name) from None
+            if not self.dimension:
+                raise SpecError(f"found {given!r}, expected a number", key=self.name) from None
+            number = parse_quantity(given, self.dimension, key=self.name)
         if not math.isfinite(number):
             raise SpecError(f"found {given!r}, expected a finite number", key=self.name)
         low, high = (end if v is None else v for v, end in ((self.low, -math.inf), (self.high, math.inf)))
         if not low <= number <= high:
-            raise SpecError(f"found {given!r}, expected a value from {low:g} to {high:g}", key=self.name)
+            ends = [format_quantity(end, self.dimension, 6) if self.dimension else f"{end:.10g}" for end in (low, high)]
+            raise SpecError(f"found {given!r}, expected a value from {ends[0]} to {ends[1]}", key=self.name)
         return number
 
 
@@ -157,6 +163,7 @@ class Policy(Protocol):
     agents(context, block)         who computes in a block, the structural `agent` first; that one alone where absent
     rows(context, n)               up to n trace tokens that stand for all of them
     refine(context, block, fixed)  a block with candidates that the grid misses
+    sequences(fixed)               what the batch must be a multiple of by knobs that are set, and whether just that
     unmeasured(context, structural, fixed)  whether nobody measured what a combination costs, so it is not searched
     passes(context, block)         how often a step reads a weight, (n_candidates,); once where absent
     """
@@ -184,7 +191,8 @@ class Policy(Protocol):
     def report(self, context: Context, block: Block, rows: NDArray[np.int64]) -> dict[str, Any]:
         """For a block of one candidate: `requested_bytes`, `cache`, `active_share`, `notes`, `perplexity_ratio`,
         `quality_source`; with a placement that may not be the best one, `gap`: the share by which the best could be
-        faster."""
+        faster, or `least_s`: what no other placement beats, of a "step" for each token
+        that it yields, and of the prompt with all steps ("total")."""
 
 
 def one_value(value: Setting) -> KnobValue:

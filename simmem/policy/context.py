@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, Literal
 
 import numpy as np
@@ -16,6 +16,7 @@ from simmem.spec.device import Agent, Device, Link
 from simmem.spec.model import Model
 from simmem.spec.precision import FILE, matrix_bytes_per_param, vector_bytes_per_param
 from simmem.spec.workload import Workload
+from simmem.trace.drawn import uniform_routing
 from simmem.trace.hot import HotTable, hot_table
 from simmem.trace.replay import WindowTable, run_table, window_table
 from simmem.trace.trace import Predictor, Trace
@@ -26,6 +27,9 @@ Array = NDArray[np.float64]
 
 MAX_WINDOW = 32
 """Longest sliding window that is searched. [tokens]"""
+ROUTING_DRAWS = 8192
+"""Choices of a layer's experts that are drawn where no trace of the routing is given: the standard error of a hit ratio
+is then half a point (0.5 / √8192) at most, and a replay of all cache sizes takes a tenth of a second."""
 
 
 @dataclass(frozen=True)
@@ -33,31 +37,44 @@ class Replayed:
     """A trace and what its replay counted; shared by every context that plans with it."""
 
     trace: Trace
-    vary: Callable[[str, float], Trace] | None = None
-    """The trace with one figure of its law ("active_share", "concentration") times a factor, for a synthetic one."""
+    vary: Callable[[Sequence[tuple[float, float]]], list[Trace]] | None = None
+    """The trace with factors on its law's (active share, concentration), for a synthetic one."""
     longest_window: int | None = None
+
+    @property
+    def _longest(self) -> int:
+        return self.longest_window or min(MAX_WINDOW, self.trace.header.n_tokens // 3)
 
     @cached_property
     def table(self) -> WindowTable:
         """Active, held and new units under every window up to MAX_WINDOW."""
-        longest = self.longest_window or min(MAX_WINDOW, self.trace.header.n_tokens // 3)
-        return window_table(self.trace, longest)
+        return window_table(self.trace, self._longest)
+
+    @property
+    def timed(self) -> NDArray[np.int64]:
+        """Tokens of the table, without counting anything of them."""
+        return np.arange(self._longest, self.trace.header.n_tokens)
 
     @cached_property
     def ends(self) -> dict[str, tuple[float, Replayed, float, Replayed]]:
         """Per figure of the trace's law: low factor, the trace there, high factor, the trace there (90 % range)."""
-        found: dict[str, tuple[float, Replayed, float, Replayed]] = {}
-        if self.vary is not None:
-            for name in ("active_share", "concentration"):
-                low, high = self.trace.header.statistics[name]["factors"]
-                at = [Replayed(self.vary(name, f), longest_window=self.table.max_window) for f in (low, high)]
-                found[name] = (low, at[0], high, at[1])
-        return found
+        if self.vary is None:
+            return {}
+        statistics = self.trace.header.statistics
+        (less, more), (flat, steep) = (statistics[name]["factors"] for name in ("active_share", "concentration"))
+        at = [Replayed(trace, longest_window=self._longest)
+              for trace in self.vary([(less, 1.0), (more, 1.0), (1.0, flat), (1.0, steep)])]
+        return {"active_share": (less, at[0], more, at[1]), "concentration": (flat, at[2], steep, at[3])}
+
+    @cached_property
+    def memo(self) -> dict[tuple[object, ...], Any]:
+        """Results that contexts with this trace share, by all else that they depend on."""
+        return {}
 
     @cached_property
     def hot(self) -> HotTable:
         """Classes of equally frequent units, told by the tokens that the table does not time."""
-        return hot_table(self.trace, self.table.tokens)
+        return hot_table(self.trace, self.timed)
 
     @cached_property
     def _asked(self) -> dict[tuple[str, int], Replayed]:
@@ -96,6 +113,13 @@ class Replayed:
         return self._widest[gap_units]
 
 
+@lru_cache(maxsize=4)
+def _drawn(model: str, n_layers: int, n_experts: int, per_token: int, batch: int, unit_bytes: float) -> Replayed:
+    """Drawn routing, and what is counted on it, kept for the precisions and budgets that a search goes through."""
+    return Replayed(uniform_routing(model, n_layers, n_experts, per_token, batch=batch, draws=ROUTING_DRAWS,
+                                    unit_bytes=unit_bytes))
+
+
 @dataclass(frozen=True)
 class Context:
     """Model, device, workload and trace, with the bytes each tier may hold."""
@@ -112,6 +136,17 @@ class Context:
     def memo(self) -> dict[tuple[object, ...], Any]:
         """Results that several blocks of one context share (shrunk windows)."""
         return {}
+
+    @cached_property
+    def routed(self) -> Replayed:
+        """The trace of the routing; where none is given, one that is drawn (`simmem.trace.drawn`).
+
+        Only for a mixture of experts.
+        """
+        a = self.model.architecture
+        assert a.experts is not None
+        return self.routing or _drawn(self.model.name, a.n_expert_layers, a.experts.count, a.experts.per_token,
+                                      self.workload.step_tokens, 2.0 * self.model.expert_params)
 
     # --- device -----------------------------------------------------------------------------
 
@@ -203,8 +238,11 @@ class Context:
         """Bytes of a (matrix, vector) parameter of a group; their mean where a file holds the group in several. [B]"""
         if precision != FILE:
             return matrix_bytes_per_param(precision), vector_bytes_per_param(precision)
-        held = self.model.group_bytes(FILE).get(group, 0.0)  # a model may have no norms with parameters (OLMo)
-        mean = held / max(self.model.group(group).params, 1)
+        key = ("mean bytes", group)
+        if key not in self.memo:  # asked for by every op
+            held = self.model.group_bytes(FILE).get(group, 0.0)  # a model may have no norms with parameters (OLMo)
+            self.memo[key] = held / max(self.model.group(group).params, 1)
+        mean: float = self.memo[key]
         return mean, mean
 
     def read_precision(self, agent: str, group: str) -> str:
@@ -292,8 +330,11 @@ class Context:
         if self.replayed is None or all(predictor != p.name for p in self.fitted):
             return self
         name: Literal["low-rank", "gate"] = "low-rank" if predictor == "low-rank" else "gate"
-        replayed = self.replayed.asking(name, layers_ahead)
-        key = ("asking", id(replayed))
+        return self.with_trace(self.replayed.asking(name, layers_ahead))
+
+    def with_trace(self, replayed: Replayed) -> Context:
+        """The same with another trace; for the same one always the same context, which keeps what it has counted."""
+        key = ("with trace", id(replayed))
         if key not in self.memo:
             self.memo[key] = replace(self, replayed=replayed)
         found: Context = self.memo[key]

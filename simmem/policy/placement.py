@@ -14,6 +14,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,8 @@ __all__ = ["Balance", "Placed", "Stage", "balanced", "stage_seconds"]
 
 Array = NDArray[np.float64]
 _SLACK = 1e-9
+_ROUNDING = 1e-12
+"""A gap below is what rounding leaves of none."""
 
 
 @dataclass(frozen=True)
@@ -34,23 +37,6 @@ class Stage:
     unit_bytes: float
     join_s: float
     """What it takes longer where the slow agent has a unit at all: handing over, kernels, handing back. [s]"""
-
-
-@dataclass(frozen=True)
-class Placed:
-    """What lies in the fast memory under each of several capacities."""
-
-    units: tuple[Array, ...]
-    """Per stage (C, n_rooms): whole units of each class."""
-    seconds: Array
-    """Expected seconds of all stages so, (n_rooms,). [s]"""
-    bound_s: Array
-    """No placement under that capacity takes less, (n_rooms,). [s]"""
-
-    @property
-    def gap(self) -> Array:
-        """Share by which a better placement could at most be faster, (n_rooms,)."""
-        return np.asarray(np.maximum(1.0 - self.bound_s / np.maximum(self.seconds, 1e-300), 0.0))
 
 
 def stage_seconds(stage: Stage, units: Array, fast_s: float, slow_s: float) -> Array:
@@ -88,64 +74,99 @@ def balanced(stages: Sequence[Stage], rooms_bytes: Array, fast_s: float, slow_s:
 
 
 class Balance:
-    """What `balanced` knows before it is told a capacity; each capacity is looked at once."""
+    """What `balanced` knows before it is told a capacity."""
 
     def __init__(self, stages: Sequence[Stage], fast_s: float, slow_s: float) -> None:
         self.stages, self.fast_s, self.slow_s = tuple(stages), fast_s, slow_s
         curves = {id(stage): _Curve(stage, fast_s, slow_s) for stage in stages}  # layers may share a stage
         self._curves = [curves[id(stage)] for stage in stages]
         self._whole = _steepest_first([curve.whole for curve in self._curves])
-        self._relaxed = _steepest_first([curve.relaxed for curve in self._curves])
-        self._known: dict[float, tuple[tuple[Array, ...], float, float]] = {}
+        self._length = np.array([s.end_bytes - s.begin_bytes for s in self._whole])
+        self._filled = np.cumsum(self._length)
+        self._place = np.array([s.stage for s in self._whole], np.int64)
+        self._known: dict[float, Array] = {}
+        self._least = min(stage.unit_bytes for stage in stages) * (1 - _SLACK)
+        relaxed = _steepest_first([curve.relaxed for curve in self._curves])
+        length = np.array([s.end_bytes - s.begin_bytes for s in relaxed])
+        # Seconds of all stages over the bytes in fast memory, when nothing has to be whole.
+        self._bound_at = np.append(0.0, np.cumsum(length))
+        self._bound_s = sum(float(curve.relaxed[1][0]) for curve in self._curves) + np.append(
+            0.0, np.cumsum(length * np.array([s.slope for s in relaxed])))
 
     def at(self, rooms_bytes: Array) -> Placed:
         """The placement under each capacity, (n_rooms,). [B]"""
-        rooms = np.maximum(np.asarray(rooms_bytes, np.float64), 0.0).tolist()
-        new = sorted({room for room in rooms if room not in self._known})
-        if new:
-            found = self._placed(np.array(new))
-            for i, room in enumerate(new):
-                self._known[room] = (tuple(u[:, i] for u in found.units), float(found.seconds[i]),
-                                     float(found.bound_s[i]))
-        known = [self._known[room] for room in rooms]
-        units = tuple(np.stack([one[0][s] for one in known], axis=1) for s in range(len(self.stages)))
-        return Placed(units, np.array([one[1] for one in known]), np.array([one[2] for one in known]))
+        rooms = np.maximum(np.asarray(rooms_bytes, np.float64), 0.0)
+        taken = np.array([self._followed(room) for room in rooms.tolist()]).T
+        return Placed(self, rooms, np.array([np.round(one / stage.unit_bytes)
+                                             for stage, one in zip(self.stages, taken, strict=True)]))
 
-    def _placed(self, rooms: Array) -> Placed:
-        units, seconds = self._followed(rooms)
-        bound = np.full(len(rooms), sum(float(curve.relaxed[1][0]) for curve in self._curves))
-        for s in self._relaxed:
-            length = s.end_bytes - s.begin_bytes
-            bound += s.slope * np.minimum(rooms, length)
-            rooms = np.maximum(rooms - length, 0.0)
-        return Placed(units, seconds, np.minimum(bound, seconds))
+    def bound_s(self, rooms_bytes: Array) -> Array:
+        """No placement under a capacity takes less. [s]"""
+        return np.interp(rooms_bytes, self._bound_at, self._bound_s)
 
-    def _followed(self, rooms: Array) -> tuple[tuple[Array, ...], Array]:
-        """Whole units of every stage when the curves' hulls are followed, steepest first, and the seconds of all."""
-        taken = np.zeros((len(self.stages), len(rooms)))
-        stopped = np.zeros((len(self.stages), len(rooms)), np.bool_)
-        left = rooms.copy()
-        for s in self._whole:
-            stage, length = self.stages[s.stage], s.end_bytes - s.begin_bytes
-            fits = ~stopped[s.stage] & (length <= left * (1 + _SLACK))
-            # What does not fit as a whole still helps up to where both sides take equally long.
-            useful = np.minimum(left, max(self._curves[s.stage].even_bytes - s.begin_bytes, 0.0))
-            part = np.floor(useful / stage.unit_bytes * (1 + _SLACK)) * stage.unit_bytes
-            more = np.where(stopped[s.stage], 0.0, np.where(fits, length, part))
-            taken[s.stage] += more
-            left = np.maximum(left - more, 0.0)
-            stopped[s.stage] |= ~fits
-        units = tuple(_units(stage, n_bytes) for stage, n_bytes in zip(self.stages, taken, strict=True))
-        seconds = sum((stage_seconds(s, u, self.fast_s, self.slow_s)
-                       for s, u in zip(self.stages, units, strict=True)), np.zeros(len(rooms)))
-        return units, seconds
+    def _followed(self, room: float) -> Array:
+        """Bytes of every stage in fast memory when the curves' hulls are followed, steepest first, (n_stages,). [B]"""
+        if room in self._known:
+            return self._known[room]
+        first = int(np.searchsorted(self._filled, room, side="right"))  # so many fit together
+        taken: Array = np.bincount(self._place[:first], self._length[:first], len(self.stages)).astype(np.float64)
+        left = room - (float(self._filled[first - 1]) if first else 0.0)
+        stopped: set[int] = set()
+        for place in range(first, len(self._whole)):
+            if left < self._least:
+                break
+            s, length = self._whole[place], float(self._length[place])
+            if s.stage in stopped:
+                continue
+            if length > left * (1 + _SLACK):
+                stopped.add(s.stage)
+                # What does not fit as a whole still helps up to where both sides take equally long.
+                useful = min(left, max(self._curves[s.stage].even_bytes - s.begin_bytes, 0.0))
+                unit = self.stages[s.stage].unit_bytes
+                length = float(np.floor(useful / unit * (1 + _SLACK))) * unit
+            taken[s.stage] += length
+            left = max(left - length, 0.0)
+        self._known[room] = taken
+        return taken
 
 
-def _units(stage: Stage, taken_bytes: Array) -> Array:
-    """Whole units of each class among the first `taken_bytes` (n,) of a stage, (C, n)."""
+@dataclass(frozen=True)
+class Placed:
+    """What lies in the fast memory under each of several capacities; n_rooms of them."""
+
+    balance: Balance
+    rooms_bytes: Array
+    counts: Array
+    """Whole units of each stage, its most frequent ones, (n_stages, n_rooms)."""
+
+    @cached_property
+    def units(self) -> tuple[Array, ...]:
+        """Per stage (C, n_rooms): whole units of each class."""
+        return tuple(_first_units(stage, n) for stage, n in zip(self.balance.stages, self.counts, strict=True))
+
+    @cached_property
+    def seconds(self) -> Array:
+        """Expected seconds of all stages so, (n_rooms,). [s]"""
+        fast_s, slow_s = self.balance.fast_s, self.balance.slow_s
+        return sum((stage_seconds(s, u, fast_s, slow_s) for s, u in zip(self.balance.stages, self.units, strict=True)),
+                   np.zeros(len(self.rooms_bytes)))
+
+    @cached_property
+    def bound_s(self) -> Array:
+        """No placement under that capacity takes less, (n_rooms,). [s]"""
+        return np.minimum(self.balance.bound_s(self.rooms_bytes), self.seconds)
+
+    @property
+    def gap(self) -> Array:
+        """Share by which a better placement could at most be faster, (n_rooms,)."""
+        share = 1.0 - self.bound_s / np.maximum(self.seconds, 1e-300)
+        return np.where(share > _ROUNDING, share, 0.0)
+
+
+def _first_units(stage: Stage, counts: Array) -> Array:
+    """Units of each class among the first `counts` (n,) of a stage, (C, n)."""
     before = np.cumsum(stage.units) - stage.units
-    taken = np.round(taken_bytes / stage.unit_bytes)
-    return np.asarray(np.clip(taken[None, :] - before[:, None], 0.0, stage.units[:, None]))
+    return np.asarray(np.clip(counts[None, :] - before[:, None], 0.0, stage.units[:, None]))
 
 
 class _Curve:

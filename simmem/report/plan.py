@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from simmem.planner.document import MeasuredHere, Plan, Predicted
-from simmem.planner.explain import LIMITS
+from simmem.planner.explain import LIMITS, rate_digits, rate_words
 from simmem.planner.replan import Simulation
 from simmem.report.format import console as new_console
 from simmem.report.format import section
@@ -64,15 +64,21 @@ def print_plan(plan: Plan, device: Device) -> None:
         + (f", {w.draft_length} drafted by {w.draft} for each step" if w.draft_length else "")))
     console.print()
 
-    low, high = p.token_latency_interval_s
-    what = "weights as in the file" if w.weights == FILE else f"{w.weights} weights"
-    step = "token" if w.batch == 1 else f"step of {w.batch} tokens"
-    headline = Text.assemble(
-        (f"{plan.policy.name}, {what}: {_s(p.token_latency_s)} a {step}", "bold green"),
-        f" (90 % interval {_s(low)} to {_s(high)})"
-        f"\n{p.decode_tokens_per_s:.3g} tokens/s while decoding; first token after {_s(p.first_token_s)}, "
-        f"loading {_s(p.load_s)}"
-        f"\nquality: {_quality(plan)}")
+    what = "weights as in the file" if w.weights == FILE else f"{w.label} weights"
+    step = ("token" if w.batch == 1 else f"token of each of {w.batch} sequences" if w.draft_length else
+            f"step of {w.batch} tokens")
+    by_rate = plan.objective == "throughput"
+    low, high = (_s(end) for end in p.token_latency_interval_s)
+    if by_rate:
+        best = f"{plan.policy.name}, {what}: {rate_words(p.tokens_per_s)}"
+        beside = (f", prompt included\n{_s(p.token_latency_s)} a {step} (90 % interval {low} to {high}), "
+                  f"{rate_words(p.decode_tokens_per_s)} while decoding; first token after")
+    else:
+        best = f"{plan.policy.name}, {what}: {_s(p.token_latency_s)} a {step}"
+        beside = (f" (90 % interval {low} to {high})"
+                  f"\n{p.decode_tokens_per_s:.3g} tokens/s while decoding; first token after")
+    headline = Text.assemble((best, "bold green"), f"{beside} {_s(p.first_token_s)}, loading {_s(p.load_s)}"
+                                                   f"\nquality: {_quality(plan)}")
     console.print(Padding(headline, (0, 0, 1, 0), expand=False))
 
     body = Text()
@@ -97,29 +103,26 @@ def print_plan(plan: Plan, device: Device) -> None:
             table.add_row(LIMITS[part], _s(seconds), format_quantity(seconds / p.token_latency_s, "ratio", 2))
     section(console, "Where the time goes", table)
 
+    result = "tokens/s" if by_rate else "token latency"
     if plan.sensitivity:
         shown = plan.sensitivity[:6]
         # no column of nothing: rich would take its width out of the names
-        table = _table("figure", "changed by", "token latency", *([""] if any(s.replanned for s in shown) else []))
+        table = _table("figure", "changed by", result, *([""] if any(s.replanned for s in shown) else []))
         for s in shown:
-            table.add_row(s.figure, f"{100 * s.change:+.0f} %", f"{100 * s.token_latency_change:+.1f} %",
+            change = s.token_latency_change if s.tokens_per_s_change is None else s.tokens_per_s_change
+            table.add_row(s.figure, f"{100 * s.change:+.0f} %", f"{100 * change:+.1f} %",
                           *(["replanned"] if s.replanned else []))
         section(console, "What it depends on", table)
 
-    table = _table("instead", "weights", "token latency", "this plan is")
-    for b in sorted(plan.baselines, key=lambda b: b.token_latency_s):
-        table.add_row(b.policy, w.weights, _s(b.token_latency_s), f"{b.speedup:.3g} × as fast")
-    for a in plan.alternatives:
-        table.add_row(a.policy, a.weights, _s(a.predicted.token_latency_s),
-                      f"{a.predicted.token_latency_s / p.token_latency_s:.3g} × as fast")
-    table.add_row("bound: no plan can beat", w.weights, _s(plan.bound.token_latency_s), plan.bound.resource)
-    section(console, "Compared with", table)
+    section(console, "Compared with", _compared(plan, result))
 
     if plan.pareto:
-        table = _table("latency against memory", "weights", "token latency", "memory")
+        table = _table("latency against memory", "weights", "token latency", *(["tokens/s"] if by_rate else []),
+                       "memory")
         for a in plan.pareto:
             used = sum(u.used_bytes for t, u in a.memory.items() if t != device.storage)
-            table.add_row(a.policy, a.weights, _s(a.predicted.token_latency_s), _b(used))
+            table.add_row(a.policy, w.label if a.weights == w.weights else a.weights, _s(a.predicted.token_latency_s),
+                          *([rate_digits(a.predicted.tokens_per_s)] if by_rate else []), _b(used))
         section(console, "Less memory", table)
 
     e = plan.evidence
@@ -128,6 +131,26 @@ def print_plan(plan: Plan, device: Device) -> None:
     console.print(Text(f"Evidence: {e.engine} engine, cost model {e.cost_model}, weakest figure {e.weakest_kind}, "
                        f"search gap {gap}, {trace}.", style="dim"))
     _measured(console, e.measured)
+
+
+def _compared(plan: Plan, result: str) -> Table:
+    """Other policies, other precisions and the bound, beside the plan, by what was optimised."""
+    p, w, by_rate = plan.predicted, plan.workload, plan.objective == "throughput"
+    rows = [(b.policy + (" (set aside)" if b.set_aside else ""), w.label, b.token_latency_s, b.tokens_per_s)
+            for b in sorted(plan.baselines, key=lambda b: b.token_latency_s)]
+    rows += [(a.policy, a.weights, a.predicted.token_latency_s, a.predicted.tokens_per_s) for a in plan.alternatives]
+    table = _table("instead", "weights", result, "this plan is")
+    for policy, weights, seconds, rate in rows:
+        if by_rate and rate:
+            table.add_row(policy, weights, rate_digits(rate), f"{p.tokens_per_s / rate:.3g} × as productive")
+        else:
+            table.add_row(policy, weights, _s(seconds), f"{seconds / p.token_latency_s:.3g} × as fast")
+    if by_rate:
+        table.add_row("bound: no plan can decode more", w.label, rate_digits(w.batch / plan.bound.token_latency_s),
+                      plan.bound.resource)
+    else:
+        table.add_row("bound: no plan can beat", w.label, _s(plan.bound.token_latency_s), plan.bound.resource)
+    return table
 
 
 def _measured(console: Console, measured: MeasuredHere | None) -> None:

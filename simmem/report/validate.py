@@ -22,7 +22,7 @@ from simmem.planner.predict import timelines
 from simmem.planner.question import ask
 from simmem.report.baselines import time_today
 from simmem.report.calibration import calibrate_device, raw_path
-from simmem.report.drive import Drive
+from simmem.report.controls import Controls
 from simmem.report.files import write_text
 from simmem.runtime.execute.drive import settle
 from simmem.runtime.execute.layout import layout_of
@@ -143,8 +143,8 @@ def validate_machine(asked: Ladder) -> Validation:
         digest = _write_predictions(plans, device, kept)
         ran = _run(asked, plans, folder, file, end_s)
         left_out.update(ran.left_out)
-        rows = [_row(plan, repeats, ran.drive) for plan, repeats in ran.whole]
-        samples = _samples(plans, ran.repeats)
+        rows = [_row(plan, repeats, ran.controls, plans.index(plan)) for plan, repeats in ran.whole]
+        samples = _samples(plans, ran.repeats, ran.controls)
         broken = sum(r.stopped not in (None, NO_TIME) for r in ran.repeats)
         summary, by_storage, verdicts, gates = judge(rows, broken=broken)
         result = Validation(
@@ -161,7 +161,7 @@ def validate_machine(asked: Ladder) -> Validation:
             result = result.model_copy(update={"baselines": today, "left_out": left_out,
                                                "took_s": time.monotonic() - begun})
             if asked.record is not None:
-                _write_samples(asked.record, samples, ran.drive)
+                _write_samples(asked.record, samples)
                 _write_result(asked.record, result)
         return result
 
@@ -176,37 +176,36 @@ class _Ran:
     left_out: dict[str, str]
     resident: list[tuple[Candidate, Task, Path | None]]
     """Plans without reads, and their weight files."""
-    drive: Drive
+    controls: Controls
     load_before: float
 
 
 def _run(asked: Ladder, plans: Sequence[_Plan], folder: Path, file: Path, end_s: float) -> _Ran:
-    """Run all plans in rounds, and look at the drive before each."""
+    """Run all plans in rounds, with controls right before and after each run."""
     ready = write_files([(p.task, How(storage=p.step.cell.storage, threads=asked.threads, say=_say)) for p in plans],
                         folder)
     read = next((how.file for _, how in ready if how.file is not None), file)
     if read != file:  # laid out otherwise than was thought before the machine was known
         settle(read, SETTLING_S[asked.quick], _say)
     load = os.getloadavg()[0] if hasattr(os, "getloadavg") else -1.0
-    drive = Drive(tuple(p.task for p in plans if p.step.cell.storage == "real"), read)
+    controls = Controls([(p.task, p.step.cell.storage == "real") for p in plans], read, threads=asked.threads)
 
     def begin(number: int) -> None:
         _say(f"round {number + 1}: {len(plans)} plans, {max(end_s - time.monotonic(), 0):.0f} s left")
-        drive.look()
 
     def keep(so_far: Sequence[Repeats]) -> None:
         if asked.record is not None:
-            _write_samples(asked.record, _samples(plans, so_far), drive)
+            _write_samples(asked.record, _samples(plans, so_far, controls))
 
     found = run_rounds(ready, Rounds(budget_s=end_s - time.monotonic(), extra=[p.step.extra for p in plans],
-                                     before=begin, after=keep))
+                                     before=begin, beside=controls.look, after=keep))
     left_out = {p.step.id: r.stopped for p, r in zip(plans, found, strict=True) if r.stopped is not None}
     whole = [(p, r) for p, r in zip(plans, found, strict=True) if r.stopped is None]
     if not whole:
         raise MachineError(f"no plan could be run: {next(iter(left_out.values()))}")
     resident = [(p.step.candidate, p.task, how.file) for p, (_, how) in zip(plans, ready, strict=True)
                 if p.step.candidate.policy.name == "resident"]
-    return _Ran(found, whole, left_out, resident, drive, load)
+    return _Ran(found, whole, left_out, resident, controls, load)
 
 
 # --- before -----------------------------------------------------------------------------------------
@@ -337,28 +336,26 @@ def _write_predictions(plans: Sequence[_Plan], device: str, folder: Path) -> str
 # --- after ------------------------------------------------------------------------------------------
 
 
-def _row(plan: _Plan, repeats: Repeats, drive: Drive) -> LadderRow:
-    conditions = dict(repeats.conditions)
-    if plan.step.cell.storage == "real":
-        conditions |= drive.conditions(plan.task, repeats)
+def _row(plan: _Plan, repeats: Repeats, controls: Controls, index: int) -> LadderRow:
+    conditions = repeats.conditions | controls.conditions(index, repeats)
     row: RunRow = run_row(
         plan.step.id, plan.step.candidate, plan.predicted, [r.timelines for r in repeats.runs],
         np.array([r.counted.moved_bytes for r in repeats.runs], np.float64), plan.step.cell.storage,
         conditions=conditions)
     return LadderRow(**{name: getattr(row, name) for name in RunRow.model_fields}, cell=plan.step.cell.name,
-                     budget_share=plan.step.cell.share, chosen=plan.step.chosen)
+                     budget_share=plan.step.cell.share, chosen=plan.step.chosen,
+                     error_beside=controls.error(index, row.predicted_s, repeats))
 
 
-def _samples(plans: Sequence[_Plan], found: Sequence[Repeats]) -> dict[str, Any]:
-    return {p.step.id: [r.token_s.tolist() for r in repeats.runs] for p, repeats in zip(plans, found, strict=True)}
+def _samples(plans: Sequence[_Plan], found: Sequence[Repeats], controls: Controls) -> dict[str, Any]:
+    return {p.step.id: [r.token_s.tolist() for r in repeats.runs] for p, repeats in zip(plans, found, strict=True)
+            } | {"controls": {p.step.id: controls.raw(index) for index, p in enumerate(plans)}}
 
 
-def _write_samples(folder: Path, samples: Mapping[str, Any], drive: Drive) -> None:
+def _write_samples(folder: Path, samples: Mapping[str, Any]) -> None:
     """Raw samples, after every round: what ends a run later does not take them along."""
     write_text(folder / "samples.json", json.dumps({
-        "unit": "s, one list of tokens a round", **samples,
-        "plain reads, s": [{"size_bytes": size, "depth": depth, "rounds": looks}
-                           for (size, depth), looks in drive.looks.seconds.items()]}) + "\n")
+        "unit": "s, one list of tokens a round; controls before and after each", **samples}) + "\n")
 
 
 def _write_result(folder: Path, result: Validation) -> None:

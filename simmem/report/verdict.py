@@ -20,13 +20,15 @@ def print_validation(found: Validation) -> None:
                        f"in {found.took_s:.0f} s; predictions written first, sha256 {found.predictions_sha256[:12]}…",
                        style="bold"))
     for verdict in found.cells:
-        table = new_table("plan", "predicted", "90 % interval", "measured", "noise", "error", "status")
+        table = new_table("plan", "predicted", "90 % interval", "measured", "noise", "error", "beside controls",
+                          "status")
         for row in (r for r in found.rows if r.cell == verdict.cell):
             name = row.id.removeprefix(f"{verdict.cell}/")
             table.add_row(
                 f"{name} (chosen)" if row.chosen and name != "chosen" else name, _s(row.predicted_s),
                 f"{_s(row.interval_s[0])} to {_s(row.interval_s[1])}", _s(row.measured_s.median),
-                _percent(row.noise_floor), f"{100 * row.error:+.1f} %", Text(row.status, style=STYLES[row.status]))
+                _percent(row.noise_floor), f"{100 * row.error:+.1f} %", "-" if row.error_beside is None else f"{100 * row.error_beside:+.1f} %",
+                Text(row.status, style=STYLES[row.status]))
         tau = "no pair to rank" if verdict.kendall_tau is None else f"tau-b {verdict.kendall_tau:.2f}"
         lost = "" if verdict.regret is None else f", regret {100 * verdict.regret:.1f} %"
         section(console, f"{verdict.cell}: {tau}{lost}", table)
@@ -61,7 +63,8 @@ def print_validation(found: Validation) -> None:
 def _said(part: Summary) -> str:
     if part.mape is None or part.p90_error is None:
         return "no conclusive row"
-    return (f"MAPE {100 * part.mape:.1f} %, p90 {100 * part.p90_error:.1f} % over {part.n} conclusive rows "
+    beside = "" if part.mape_beside is None else f" (beside controls {100 * part.mape_beside:.1f} %)"
+    return (f"MAPE {100 * part.mape:.1f} %{beside}, p90 {100 * part.p90_error:.1f} % over {part.n} conclusive rows "
             f"({100 * part.conclusive_share:.0f} %)")
 
 

@@ -27,6 +27,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.errors import MachineError
+from simmem.runtime.cores import run_anywhere
 
 __all__ = ["HUGE_PAGE_BYTES", "Reader", "Reads", "Store", "Ticket", "in_chunks", "open_direct", "page_buffer", "reads"]
 
@@ -193,6 +194,7 @@ class Reader:
         self.close()
 
     def _run(self, mine: queue.SimpleQueue[tuple[Ticket, slice] | None]) -> None:
+        run_anywhere()
         while (task := mine.get()) is not None:
             ticket, share = task
             problem: BaseException | None = None

@@ -11,8 +11,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.schedule import Durations, Schedule
+from simmem.sim.timeline import Timeline
 
-__all__ = ["AnalyticResult", "analytic"]
+__all__ = ["AnalyticResult", "analytic", "dedicated"]
 
 Array = NDArray[np.float64]
 
@@ -80,3 +81,29 @@ def analytic(schedule: Schedule, durations: Durations) -> AnalyticResult:
             token_end[op] = end
     ends_of_tokens = np.array([token_end[o] for o in schedule.token_ends]) if schedule.token_ends else makespan[None]
     return AnalyticResult(ends_of_tokens, makespan)
+
+
+def dedicated(schedule: Schedule, durations: Durations) -> list[Timeline]:
+    """The whole timeline of each candidate: `analytic` keeps only when tokens end, this every op of them."""
+    shape = schedule.n_ops, schedule.n_candidates
+    start, free, end = np.zeros(shape), np.zeros(shape), np.zeros(shape)
+    stream_free = np.zeros((len(schedule.streams), schedule.n_candidates))
+    present = schedule.present
+    everywhere: list[bool] = np.all(present, axis=1).tolist()
+    nowhere: list[bool] = np.all(~present, axis=1).tolist()
+    classes, streams = schedule.op_class.tolist(), schedule.op_stream.tolist()
+    for op, deps in enumerate(schedule.deps):
+        k, stream = classes[op], stream_free[streams[op]]
+        ready = start[op]  # zero until here
+        for d in deps:
+            np.maximum(ready, end[d], out=ready)
+        if nowhere[k]:
+            free[op] = end[op] = ready
+            continue
+        np.maximum(ready, stream if everywhere[k] else np.where(present[k], stream, 0.0), out=ready)
+        np.add(ready, durations.occupancy_s[k], out=free[op])
+        np.add(free[op], durations.latency_s[k], out=end[op])
+        np.copyto(stream, free[op], where=present[k])
+    begins, frees, ends = (np.ascontiguousarray(times.T) for times in (start, free, end))
+    return [Timeline(schedule.column(i), begins[i], frees[i], ends[i], "analytic")
+            for i in range(schedule.n_candidates)]

@@ -84,18 +84,21 @@ def contends(dedicated: Timeline, durations: Durations, contention: Contention) 
     return False
 
 
-def events(schedule: Schedule, durations: Durations, contention: Contention | None = None) -> Timeline:
+def events(schedule: Schedule, durations: Durations, contention: Contention | None = None,
+           alone: Timeline | None = None) -> Timeline:
     """Simulate one candidate. Without `contention` every resource is dedicated.
 
     Parameters
     ----------
     schedule : of one candidate (`Schedule.column`).
     durations : of that candidate, arrays of shape (n_classes, 1).
+    alone : what happens when nothing is shared, where that is known (`sim.analytic.dedicated`); simulated when None.
     """
     assert schedule.n_candidates == 1, "the event engine takes one candidate"
-    dedicated = _Run(schedule, durations, None).timeline()
-    if contention is None or not contends(dedicated, durations, contention):
-        return dedicated
+    if alone is None:
+        alone = _Run(schedule, durations, None).timeline()
+    if contention is None or not contends(alone, durations, contention):
+        return alone
     return _Run(schedule, durations, contention).timeline()
 
 

@@ -9,7 +9,7 @@ from simmem.errors import SpecError, UnknownNameError
 from simmem.spec.model import Model
 from simmem.spec.precision import FILE, PRECISIONS
 
-__all__ = ["MOST_DRAFTED", "Draft", "Workload", "mixed_precisions"]
+__all__ = ["MOST_DRAFTED", "Draft", "Workload", "mixed_precisions", "weights_label"]
 
 MOST_DRAFTED = 64
 """Longer drafts are not planned: hardly any is accepted to its end."""
@@ -101,8 +101,7 @@ class Workload:
     @property
     def label(self) -> str:
         """The precision of the weights in words: "int4", or "bf16 (attention int4, experts int2)"."""
-        own = ", ".join(f"{group} {precision}" for group, precision in self.mixed)
-        return f"{self.weights} ({own})" if own else self.weights
+        return weights_label(self.weights, dict(self.mixed))
 
     def at(self, weights: str) -> Workload:
         """The same workload with weights at another precision."""
@@ -167,6 +166,12 @@ class Workload:
     def mean_prompt_window(self, window: int | None) -> float:
         """Mean over the prompt's tokens of what a layer that looks back `window` tokens attends to, itself included."""
         return _mean_of_least(1, self.prompt_tokens, window or self.prompt_tokens)
+
+
+def weights_label(weights: str, mixed: Mapping[str, str]) -> str:
+    """A precision in words, with the tensor groups that are kept at another one."""
+    own = ", ".join(f"{group} {precision}" for group, precision in mixed.items())
+    return f"{weights} ({own})" if own else weights
 
 
 def mixed_precisions(given: str | Mapping[str, str]) -> tuple[tuple[str, str], ...]:

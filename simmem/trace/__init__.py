@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from simmem.errors import SpecError, TraceError
@@ -12,7 +13,7 @@ from simmem.trace.curves import replay_document
 from simmem.trace.replay import lru_curve, run_table, shrink_to_capacity, window_curve, window_table
 from simmem.trace.statistics import trace_statistics
 from simmem.trace.store import load_trace_file, read_header, save_trace
-from simmem.trace.synthetic import SyntheticSpec, generate, load_synthetic
+from simmem.trace.synthetic import SyntheticSpec, generate, generate_varied, load_synthetic
 from simmem.trace.trace import Quality, Trace, TraceHeader, digest_of
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "shrink_to_capacity",
     "sparsest_trace_within",
     "trace_statistics",
+    "varied_traces",
     "window_curve",
     "window_table",
 ]
@@ -44,8 +46,8 @@ SAME_SHARE = 0.02
 """Active shares that differ by no more are of one level on different texts."""
 
 
-def open_trace(name_or_path: str | None, model: Model, *, batch: int = 1, n_tokens: int | None = None,
-               activity: float = 1.0, concentration: float = 1.0) -> Trace | None:
+def open_trace(name_or_path: str | None, model: Model, *, batch: int = 1, n_tokens: int | None = None
+               ) -> Trace | None:
     """The trace to plan a model with.
 
     Parameters
@@ -54,8 +56,6 @@ def open_trace(name_or_path: str | None, model: Model, *, batch: int = 1, n_toke
         when None (see `default_trace_file`).
     batch : sequences decoded together; a step touches the union of what they use.
     n_tokens : decode steps: what a synthetic trace draws, and at most what is taken of a captured one.
-
-    activity, concentration : factors on the law of a synthetic trace; a captured one is as it is.
 
     Returns
     -------
@@ -72,8 +72,7 @@ def open_trace(name_or_path: str | None, model: Model, *, batch: int = 1, n_toke
     if path is None:
         return None
     if path.suffix == ".toml":
-        return generate(load_synthetic(path), model, n_tokens, batch=batch, activity=activity,
-                        concentration=concentration)
+        return generate(load_synthetic(path), model, n_tokens, batch=batch)
     if path.suffix != ".safetensors":
         raise TraceError("is not a trace: expected a .safetensors file or the .toml file of a synthetic trace",
                          file=str(path))
@@ -83,6 +82,15 @@ def open_trace(name_or_path: str | None, model: Model, *, batch: int = 1, n_toke
     if n_tokens is not None and n_tokens < trace.header.n_tokens:
         trace = trace.first(n_tokens)
     return trace
+
+
+def varied_traces(name_or_path: str | None, model: Model, factors: Sequence[tuple[float, float]], *, batch: int = 1,
+                  n_tokens: int | None = None) -> list[Trace]:
+    """A synthetic trace as `open_trace` finds it, with factors on its (active share, concentration)."""
+    path = default_trace_file(model) if name_or_path is None else library.resolve("trace", name_or_path)
+    if path is None or path.suffix != ".toml":
+        raise TraceError("has no law that could be varied", file=str(path))
+    return generate_varied(load_synthetic(path), model, factors, n_tokens, batch=batch)
 
 
 def default_trace_file(model: Model) -> Path | None:

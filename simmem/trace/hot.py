@@ -14,7 +14,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.errors import TraceError
-from simmem.trace.bits import count, words_of
 from simmem.trace.trace import Trace
 
 __all__ = ["MAX_CLASSES", "HotTable", "hot_table"]
@@ -23,8 +22,6 @@ Ints = NDArray[np.int64]
 
 MAX_CLASSES = 64
 """Classes of frequency at most; of a longer profile, counts that lie next to each other share one."""
-_BLOCK_BYTES = 1 << 22
-"""Bits of tokens that are compared with a class at once, so that they stay in the processor's cache."""
 
 
 @dataclass(frozen=True)
@@ -61,20 +58,18 @@ def hot_table(trace: Trace, tokens: Ints) -> HotTable:
     for token in profile.tolist():
         used += np.unpackbits(trace.active[token], axis=1, count=header.n_units, bitorder="little")
     floors = _floors(used, len(profile))
-    timed = words_of(trace.active[tokens])
-    per = max(_BLOCK_BYTES // max(timed[0].nbytes, 1), 1)
-    units = np.empty((header.n_layers, len(floors)), np.int64)
-    uses = np.empty_like(units)
-    active = np.empty((len(tokens), header.n_layers, len(floors)), np.int64)
-    for c, floor in enumerate(floors.tolist()):
-        hot = used >= floor
-        units[:, c] = hot.sum(axis=1)
-        uses[:, c] = np.where(hot, used, 0).sum(axis=1, dtype=np.int64)
-        mask = words_of(np.packbits(hot, axis=1, bitorder="little"))
-        for first in range(0, len(tokens), per):
-            active[first: first + per, :, c] = count(timed[first: first + per] & mask)
-    # Classes are nested so far ("at least so often"); the differences are the classes themselves.
-    units, uses, active = (np.diff(nested, axis=-1, prepend=0) for nested in (units, uses, active))
+    # The class of each unit, and one table of them for all layers: counting is then counting numbers.
+    n_classes = len(floors)
+    of_count = len(floors) - np.searchsorted(floors[::-1], np.arange(len(profile) + 1), side="right")
+    place = (of_count[used] + n_classes * np.arange(header.n_layers)[:, None]).astype(np.int64)
+    size = n_classes * header.n_layers
+    shape = header.n_layers, n_classes
+    units = np.bincount(place.reshape(-1), minlength=size).reshape(shape)
+    uses = np.bincount(place.reshape(-1), used.reshape(-1), size).reshape(shape)
+    active = np.empty((len(tokens), *shape), np.int64)
+    for row, token in enumerate(tokens.tolist()):
+        bits = np.unpackbits(trace.active[token], axis=1, count=header.n_units, bitorder="little")
+        active[row] = np.bincount(place.take(np.flatnonzero(bits.view(np.bool_))), minlength=size).reshape(shape)
     return HotTable(uses / np.maximum(units, 1) / len(profile), units, active, len(profile))
 
 

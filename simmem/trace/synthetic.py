@@ -10,7 +10,7 @@ statistics fix m and s; every spec says which figures it was fitted to.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,6 +32,7 @@ __all__ = [
     "fit_concentration",
     "fit_law",
     "generate",
+    "generate_varied",
     "law_statistic",
     "load_synthetic",
 ]
@@ -226,23 +227,35 @@ def generate(spec: SyntheticSpec, model: Model, n_tokens: int | None = None, *, 
         with 1 - (1-p)^batch, so it costs no more than a batch of 1.
     activity, concentration : factors on the mean active share and on s, to ask what others in their range do.
     """
+    return generate_varied(spec, model, [(activity, concentration)], n_tokens, batch=batch)[0]
+
+
+def generate_varied(spec: SyntheticSpec, model: Model, factors: Sequence[tuple[float, float]],
+                    n_tokens: int | None = None, *, batch: int = 1) -> list[Trace]:
+    """`generate` for several (activity, concentration): their random bits are the same, and are drawn once."""
     n_tokens = spec.n_tokens if n_tokens is None else n_tokens
     if n_tokens < 1 or batch < 1:
         raise SpecError(f"found {n_tokens} tokens and a batch of {batch}, expected at least 1", key=spec.name)
     a = model.architecture
     units_seed, tokens_seed = np.random.SeedSequence(spec.seed).spawn(2)
-    thresholds = _thresholds(spec, model, np.random.Generator(np.random.PCG64(units_seed)), batch, activity,
-                             concentration)
-    draw = np.random.PCG64(tokens_seed)
-    active = np.empty((n_tokens, a.n_layers, -(-a.d_ff // 8)), np.uint8)
-    fires = np.empty(thresholds.shape, np.bool_)
+    laws = [_thresholds(spec, model, np.random.Generator(np.random.PCG64(units_seed)), batch, activity, concentration)
+            for activity, concentration in factors]
+    draw, shape = np.random.PCG64(tokens_seed), (a.n_layers, a.d_ff)
+    size = a.n_layers * a.d_ff
+    found = np.empty((len(laws), n_tokens, a.n_layers, -(-a.d_ff // 8)), np.uint8)
+    fires = np.empty(shape, np.bool_)
     for token in range(n_tokens):
-        words = draw.random_raw(-(-thresholds.size // 4)).astype("<u8", copy=False).view("<u2")
-        np.less(words[: thresholds.size].reshape(thresholds.shape), thresholds, out=fires)
-        active[token] = np.packbits(fires, axis=1, bitorder="little")
-    share, share_range, kind = spec.share_for(model.name)
-    header = TraceHeader(
-        name=spec.name, kind="synthetic", model=model.name, n_tokens=n_tokens, n_layers=a.n_layers, n_units=a.d_ff,
+        words = draw.random_raw(-(-size // 4)).astype("<u8", copy=False).view("<u2")[:size].reshape(shape)
+        for active, thresholds in zip(found, laws, strict=True):
+            np.less(words, thresholds, out=fires)
+            active[token] = np.packbits(fires, axis=1, bitorder="little")
+    return [Trace(_header(spec, model, active, batch), active) for active in found]
+
+
+def _header(spec: SyntheticSpec, model: Model, active: NDArray[np.uint8], batch: int) -> TraceHeader:
+    a, (share, share_range, kind) = model.architecture, spec.share_for(model.name)
+    return TraceHeader(
+        name=spec.name, kind="synthetic", model=model.name, n_tokens=len(active), n_layers=a.n_layers, n_units=a.d_ff,
         unit_bytes=model.unit_bytes("fp16"), unit_precision="fp16", criterion=spec.criterion,
         threshold=spec.threshold, records=spec.records, predictor=spec.predictor,
         predictor_params_share=spec.predictor_params_share.value, quality=spec.quality,
@@ -250,7 +263,6 @@ def generate(spec: SyntheticSpec, model: Model, n_tokens: int | None = None, *, 
         statistics=_provenance(spec, share, share_range, batch), weakest_kind=kind.value,
         active_share_range=share_range,
         digest=digest_of(active))
-    return Trace(header, active)
 
 
 def _thresholds(spec: SyntheticSpec, model: Model, rng: np.random.Generator, batch: int, activity: float,

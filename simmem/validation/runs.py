@@ -22,8 +22,20 @@ from simmem.schedule import Schedule
 from simmem.sim.timeline import Timeline
 from simmem.spec.device import Device
 
-__all__ = ["ROW_TOLERANCE", "Exactness", "Measured", "Moved", "PhaseTime", "RunRow", "demanded_bytes", "noise_floor",
-           "phase_seconds", "run_row", "with_storage_of"]
+__all__ = [
+    "ROW_TOLERANCE",
+    "Exactness",
+    "Measured",
+    "Moved",
+    "PhaseTime",
+    "RunRow",
+    "demanded_bytes",
+    "error_by_repeat",
+    "noise_floor",
+    "phase_seconds",
+    "run_row",
+    "with_storage_of",
+]
 
 Array = NDArray[np.float64]
 Condition = bool | int | float | str
@@ -164,6 +176,14 @@ def demanded_bytes(column: Schedule, block_bytes: float) -> float:
         if link is not None:
             total += math.ceil(float(column.bytes[f"link.{link}"][k, 0]) / block_bytes - 1e-9) * block_bytes
     return total
+
+
+def error_by_repeat(expected_s: Sequence[float], token_s: Sequence[Array]) -> float:
+    """Expected over measured less one, the median over repeats of which each has an expectation of its own.
+
+    expected_s, token_s : of each repeat, the median token's and all tokens' times. [s]
+    """
+    return float(np.median([e / float(np.median(t)) for e, t in zip(expected_s, token_s, strict=True)])) - 1.0
 
 
 def noise_floor(medians_s: Sequence[float]) -> float | None:

@@ -24,6 +24,7 @@ from tests.cli.running import Ended, Simmem
 PLAN = ("plan", "--device", "iphone15", "--model", "opt-6.7b")
 DEVICE = ("plan", "--model", "opt-125m", "--device")
 MODEL = ("plan", "--device", "iphone15", "--model")
+HOT_COLD = ("plan", "--device", "powerinfer-pc-high", "--model", "opt-30b", "--weights", "fp16", "--policy", "hot-cold")
 SMOLLM = ("plan", "--device", "m1-max", "--model", "smollm2-135m", "--trace")
 CAPTURE = ("capture", "--model", "smollm2-135m", "--out", "{tmp}/t.safetensors")
 
@@ -222,6 +223,13 @@ CASES = [
     knob("set twice", "stream", ("resident_ratio=0.5", "resident_ratio=0.6"), "--set", "twice"),
     knob("without a value", "stream", ("resident_ratio",), "--set", "KNOB=VALUE"),
     knob("without a name", "stream", ("=0.5",), "--set", "KNOB=VALUE"),
+    *(option(f"knob in bytes: {said}", (*HOT_COLD, "--set", f"gpu_weight_bytes={value}"), "gpu_weight_bytes", said,
+             kind=kind) for value, said, kind in (
+        ("10 bananas", "expected a quantity such as '6 GB'", "UnitError"), ("8Gb", "b is bits", "UnitError"),
+        ("500GB", "found '500GB', expected a value from 4.", "SpecError"), ("10", "to 63.", "SpecError"))),
+    option("knob that the batch does not divide by", (
+        "plan", "--device", "flexgen-t4", "--model", "opt-1.3b", "--policy", "tier-percent", "--set", "gpu_batch=6"),
+        "--batch", "found 1, expected a multiple of 6", "--set gpu_batch=6", "--objective throughput"),
 
     device("typo in a key", "link.flash.latncy", "did you mean latency", (r"\nlatency = ", "\nlatncy = ")),
     device("missing unit", "link.flash.rate.value", "no unit", (FLASH_RATE, 'rate = { value = "6.1"')),

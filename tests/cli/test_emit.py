@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import shlex
 import subprocess
 import warnings
@@ -173,6 +174,48 @@ def test_llama_cpp_streams_by_page_faults_on_the_cpu_and_not_at_all_on_a_gpu() -
         assert "`--n-gpu-layers 16` holds the output and the last 15 of 32 layers" in copied.instead
 
 
+@pytest.mark.parametrize(("model", "weights"), [("llama-2-13b", "fp16"), ("llama-2-13b", "int8"),
+                                                ("llama-3.2-1b", "int8"), ("llama-3-70b", "int3")])
+@pytest.mark.parametrize("share", [0.2, 0.5, 0.8, 0.97])
+def test_llama_cpp_never_asks_for_more_than_the_budget(model: str, weights: str, share: float) -> None:
+    """Its tensors counted one by one, on each side, and one layer more of those the plan has would not fit."""
+    loaded, batch, prompt = load_model(model), 2, 100
+    a, kind = loaded.architecture, nearest_type(loaded, weights)
+    whole = matrix_bytes_per_param(weights) * loaded.params
+    vram = share * whole + 0.4e9
+    if vram > 24e9:
+        vram = share * 24e9
+    emit = asked("llama.cpp", "rtx4090-pc", model, weights=weights, policy="layer-split", prompt=prompt,
+                 new_tokens=60, batch=batch, vram=vram)
+    each = kind.block_bytes / kind.block
+    kv = 2 * 2 * 256 * batch * a.n_kv_heads * a.d_head  # contexts of 256, fp16, a layer
+    attention = a.d_model * a.d_head * (2 * a.n_heads + 2 * a.n_kv_heads)
+    layer = each * (attention + 3 * a.d_model * a.d_ff) + 4 * 2 * a.d_model
+    output = each * a.vocab * a.d_model
+    # Activations of the prompt through one layer, logits of each sequence, the mask of attention twice.
+    least = 4 * batch * (prompt * (a.d_model + a.d_ff) + a.vocab) + 6 * batch * prompt * 256
+
+    def held(layers: int) -> float:
+        passing = 2 * each * a.d_model * a.d_ff if 0 < layers < a.n_layers and batch * prompt >= 32 else 0
+        on_gpu = min(layers, a.n_layers)
+        return on_gpu * (layer + kv) + (output if layers > a.n_layers else 0) + passing + least
+
+    given = int(flags(emit)["--n-gpu-layers"])
+    assert held(given) <= vram
+    fewer = [line for line in emit.differs if "layers on the GPU where the plan has" in line]
+    assert (emit.realises == "exact") == (weights == "fp16" and not fewer)
+    if fewer:
+        assert f"{given} layers on the GPU" in fewer[0]
+        assert held(given + 2) > vram
+
+
+def test_weights_of_mixed_precision_are_not_emitted_as_if_they_were_one() -> None:
+    for engine in ENGINES:
+        emit = asked(engine, "rtx4090-pc", "mixtral-8x7b", weights="attention=int4,experts=int2", policy="resident")
+        assert emit.realises == "no"
+        assert "bf16 (attention int4, experts int2)" in emit.cannot[0]
+
+
 def test_a_checkpoint_that_converts_as_it_is_is_not_quantised_again_unasked() -> None:
     own = asked("llama.cpp", "m1-max", "gpt-oss-20b", policy="resident", weights="file")
     assert own.realises == "exact"
@@ -277,6 +320,48 @@ def test_the_emitted_python_loads_offloads_and_computes_the_same(
     tokens = torch.arange(2, 20).reshape(2, 9)
     with torch.no_grad():
         torch.testing.assert_close(loaded(input_ids=tokens).logits, whole(input_ids=tokens).logits)
+
+
+@pytest.mark.parametrize("config", [_opt, _llama])
+@pytest.mark.parametrize("resident", [0, 2, 6, 7])
+def test_the_layers_that_stay_are_those_of_the_plan(config: Callable[[Any], Any], resident: int, tmp_path: Path,
+                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    """layer-stream's map, run with the CPU in the GPU's place: the very layers, the same logits."""
+    torch = pytest.importorskip("torch", reason="the emitted Python is run")
+    transformers = pytest.importorskip("transformers", reason="the emitted Python is run")
+    pytest.importorskip("accelerate", reason="the emitted Python is run")
+    torch.manual_seed(0)
+    whole = transformers.AutoModelForCausalLM.from_config(config(transformers)).eval()
+    whole.save_pretrained(tmp_path / "model")
+    knobs = {"resident_layers": resident, "source_tier": "storage", "buffers": 2}
+    emit = asked("accelerate", "rtx4090-pc", str(tmp_path / "model"), prompt=8, new_tokens=8, weights="fp32", kv="fp32",
+                 policy="layer-stream", knobs=knobs)
+    assert emit.realises == ("exact" if resident == 7 else "nearest")
+    assert emit.device_map is not None and 0 in emit.device_map.values()
+    if resident == 7:
+        assert emit.device_map == {"": 0}
+        return
+    assert any("buffers: 2" in line for line in emit.cannot)
+    stem = "model.decoder.layers" if config is _opt else "model.layers"
+    assert [emit.device_map[f"{stem}.{i}"] for i in range(6)] == [0] * resident + ["disk"] * (6 - resident)
+    assert emit.text is not None
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(re.sub(r": 0\b", ": 'cpu'", emit.text), names)
+    tokens = torch.arange(2, 20).reshape(2, 9)
+    with torch.no_grad():
+        torch.testing.assert_close(names["model"].eval()(input_ids=tokens).logits, whole(input_ids=tokens).logits)
+
+
+def test_layer_stream_beyond_what_accelerate_can_is_one_line() -> None:
+    question: dict[str, Any] = {"policy": "layer-stream", "knobs": {"source_tier": "host"}}
+    quantised = asked("accelerate", "rtx4090-pc", "llama-2-70b", weights="int4", **question)
+    assert (quantised.realises, len(quantised.cannot)) == ("no", 1)
+    assert "stream int4 weights" in quantised.cannot[0]
+    other = asked("llama.cpp", "rtx4090-pc", "llama-2-13b", weights="fp16", **question)
+    assert (other.realises, len(other.cannot)) == ("no", 1)
+    assert "copy layers from dram to the GPU" in other.cannot[0]
+    assert other.instead is not None and "layer-split" in other.instead
 
 
 def test_a_device_map_names_the_unit_and_the_tier_of_the_plan() -> None:

@@ -20,3 +20,9 @@ def test_mixtral_offloading_on_four_gpus() -> None:
 def test_moe_infinity_on_mixtral() -> None:
     found = reproduce(["moe-infinity"])
     assert not found.failed and found.summary.n == 1
+
+
+def test_anchors_give_back_what_was_taken_from_them() -> None:
+    anchors = [r for r in reproduce(["mixtral-offloading", "moe-infinity"]).rows if r.expect == "anchor"]
+    assert len(anchors) == 2
+    assert all(r.error is not None and abs(r.error) < 1e-3 for r in anchors)

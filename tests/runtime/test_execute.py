@@ -18,7 +18,7 @@ from simmem.planner.candidate import Candidate
 from simmem.planner.predict import timelines
 from simmem.policy.families.flash_window import FlashWindow
 from simmem.runtime.execute import drive, staging
-from simmem.runtime.execute.drive import DriveLooks, look, settle
+from simmem.runtime.execute.drive import plain_reads, settle
 from simmem.runtime.execute.engine import Engine
 from simmem.runtime.execute.rounds import NO_TIME, Rounds, run_rounds, write_files
 from simmem.runtime.execute.session import How, Run, Session, open_session
@@ -352,19 +352,15 @@ def test_plain_reads_see_the_drive(model: Model, tmp_path: Path, monkeypatch: py
     task = task_of(candidate(model, "stream", STREAM), 2)
     (_, how), = write_files([(task, How(source=RandomWeights("fp32", at_least_bytes=8 << 20)))], tmp_path)
     assert how.file is not None
-    looks, said = DriveLooks(), list[str]()
-    for _ in range(2):
-        look(how.file, [(4096, 4), (1 << 20, 1)], looks)
-    assert looks.per_look((4096, 4))[1] > 0
-    assert len(looks.seconds[1 << 20, 1]) == 2
+    said = list[str]()
+    assert min(plain_reads(how.file, (4096, 4))) > 0
     settle(how.file, 0.1, said.append)  # one look takes longer, and four are needed
     assert len(said) == 1 and "has not settled" in said[0]
-    monkeypatch.setattr(drive, "look", lambda _, reads, into: [into.seconds.setdefault(r, []).append([1e-3])
-                                                               for r in reads])
+    monkeypatch.setattr(drive, "plain_reads", lambda _file, _read: [1e-3])
     assert 0 < settle(how.file, 60.0, said.append) < 30
     assert len(said) == 1
     with pytest.raises(MachineError, match="nowhere"):
-        look(tmp_path / "nowhere", [(4096, 1)], looks)
+        plain_reads(tmp_path / "nowhere", (4096, 1))
 
 
 def test_another_file_is_not_overwritten(model: Model, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from math import comb
 
 import numpy as np
 import pytest
@@ -17,6 +18,7 @@ from simmem.policy.check import check_policy
 from simmem.policy.context import Context, Replayed
 from simmem.policy.families._experts import RECALL, usage
 from simmem.policy.families.expert_cache import ExpertCache
+from simmem.policy.layer_kinds import touched_experts
 from simmem.sim.analytic import analytic
 from simmem.sim.events import events
 from simmem.spec.device import load_device
@@ -24,6 +26,7 @@ from simmem.spec.model import load_model
 from simmem.spec.workload import Workload
 from simmem.trace import open_trace
 from simmem.trace.caches import Policy
+from simmem.trace.drawn import uniform_routing
 from simmem.trace.predictors import judge
 from simmem.trace.replay import cache_curve
 from simmem.trace.routing import asked_a_layer_early, misses_by_layer
@@ -46,6 +49,11 @@ def block_of(held: list[int], *, agent: str = "gpu", policy: str = "lru", prefet
              ) -> Block:
     return Block({"agent": agent, "cache_policy": policy, "prefetch": prefetch, "cpu_experts": cpu},
                  {"experts_per_layer": np.array(held)})
+
+
+def rows_of(context: Context) -> NDArray[np.int64]:
+    """Tokens that stand for all."""
+    return np.asarray(POLICY.rows(context, 64))  # type: ignore[attr-defined]
 
 
 def routed(context: Context, seed: int, *, predicted: bool) -> Context:
@@ -130,15 +138,114 @@ def test_they_add_up_to_the_replay_of_captured_routing(policy: Policy) -> None:
     np.testing.assert_array_equal(counted.missed[50:].sum(axis=(0, 2)), curve.misses)
 
 
-def test_without_a_trace_routing_is_uniform() -> None:
-    """An expert in use is held with the probability held / all; of the others a share `RECALL` comes early."""
-    context = context_of("a6000", "mixtral-8x7b")
-    use = usage(context, block_of([0, 2, 8], prefetch="next-layer"), ONE)
-    missed = 2 * (1 - np.array([0, 2, 8]) / 8)
-    np.testing.assert_allclose(use.early[1:] + use.late[1:], np.tile(missed, (31, 1)))
-    np.testing.assert_allclose(use.early[1], RECALL * missed)
-    np.testing.assert_allclose(use.wasted[1], (1 - RECALL) * missed)
-    assert not use.early[0].any() and not use.wasted[0].any()
+# ---------------------------------------------------------------------------------------------- drawn routing
+
+
+@pytest.mark.parametrize(("n_experts", "per_token", "batch"), [
+    (8, 2, 1), (64, 6, 3), (16, 16, 2), (128, 1, 1), (7, 2, 9)])
+def test_drawn_routing_has_no_favourites(n_experts: int, per_token: int, batch: int) -> None:
+    """As many as a token chooses, each as likely as any other, in each layer apart; caches are full after a quarter."""
+    def draw() -> Trace:
+        return uniform_routing("some", 6, n_experts, per_token, batch=batch, draws=1 << 14, unit_bytes=1.0)
+
+    trace = draw()
+    np.testing.assert_array_equal(trace.active, draw().active)
+    bits = np.unpackbits(trace.active, axis=2, count=n_experts, bitorder="little")
+    assert (bits[: len(bits) // 4].sum(axis=0) > 0).all()
+    steady = bits[len(bits) // 4:]
+    counts = steady.sum(axis=2)
+    assert counts.max() <= min(per_token * batch, n_experts) and counts.min() >= per_token
+    expected = touched_experts(n_experts, per_token, batch)
+    assert counts.mean() == pytest.approx(expected, rel=0.02)
+    share = expected / n_experts
+    error = np.sqrt(share * (1 - share) / len(steady)) + 1e-12
+    assert (np.abs(steady.mean(axis=0) - share) < 5 * error).all()
+    if share < 1:  # no layer knows of another, no token of the one before
+        centred = steady - share
+        for one, other in ((centred[:, :-1], centred[:, 1:]), (centred[:-1], centred[1:])):
+            assert abs((one * other).mean() / (share * (1 - share))) < 5 / np.sqrt(one[..., 0].size)
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "slru", "pin-hot"])
+@pytest.mark.parametrize(("model", "batch", "held"), [
+    ("mixtral-8x7b", 1, [0, 1, 4, 7, 8]), ("mixtral-8x7b", 3, [2, 7]), ("deepseek-v2-lite", 1, [16, 48, 63])])
+def test_without_a_trace_held_experts_are_hit_as_often_as_any(policy: str, model: str, batch: int, held: list[int]
+                                                              ) -> None:
+    """k of n experts hit k times in n whatever is evicted; of what is missed a share `RECALL` comes early. Over all
+    tokens within what chance allows (5 standard errors), over those that stand for all within half a point."""
+    context = context_of("a6000", model, batch=batch)
+    x, n_tokens = context.model.architecture.experts, context.routed.trace.header.n_tokens
+    assert x is not None
+    for size in held:
+        use = usage(context, block_of([size], policy=policy, prefetch="next-layer"), np.arange(n_tokens // 4, n_tokens))
+        missed, share = use.early + use.late, 1 - size / x.count
+        by_layer = missed.sum(axis=1) / use.used.sum(axis=1)  # layers are drawn apart, tokens may share a cache
+        error = 5 * by_layer.std() / np.sqrt(len(by_layer)) + 1e-12
+        assert abs(by_layer.mean() - share) < error
+        assert use.early[1:].sum() == pytest.approx(RECALL * missed[1:].sum(), abs=5 * np.sqrt(missed.sum() / 4) + 1e-9)
+        asked = (use.early + use.wasted)[1:].sum()  # as many as are used, of which those held are not fetched
+        if batch == 1:
+            assert asked == pytest.approx(share * use.used[1:].sum(), abs=5 * np.sqrt(asked) + 1e-9)
+        assert not use.early[0].any() and not use.wasted[0].any()
+        if policy == "lru":
+            few = usage(context, block_of([size]), rows_of(context))
+            assert few.late.sum() / few.used.sum() == pytest.approx(share, abs=0.005)
+
+
+@pytest.mark.parametrize("cpu", [False, True])
+def test_a_step_waits_for_what_each_layer_misses(cpu: bool) -> None:
+    """The mean step is that of layers that miss 0, 1 or 2 experts as often as two drawn of eight do: what each number
+    of them adds is solved from single tokens, how often it comes is arithmetic. The mean number of misses would be
+    faster: the slower of two ways is taken layer by layer."""
+    context = replace(context_of("rtx4090-pc", "mixtral-8x7b"), workload=Workload(128, 256, 1, "int4"))
+    n_tokens, rows = context.routed.trace.header.n_tokens, rows_of(context)
+    for held in (4, 6, 7):
+        block = block_of([held], cpu=cpu)
+        every = np.arange(n_tokens // 4, n_tokens)
+        late = usage(context, block, every).late
+        counts = np.stack([np.ones(len(every)), (late == 1).sum(axis=0), (late == 2).sum(axis=0)], axis=1)
+        schedule = POLICY.decode(context, block, every)
+        seconds = analytic(schedule, durations(schedule, context.device)).token_s
+        each, *_ = np.linalg.lstsq(counts, seconds, rcond=None)
+        np.testing.assert_allclose(counts @ each, seconds, rtol=1e-9)
+        ways = [comb(held, 2 - m) * comb(8 - held, m) / comb(8, 2) for m in (1, 2)]
+        expected = each[0] + 32 * (ways[0] * each[1] + ways[1] * each[2])
+        schedule = POLICY.decode(context, block, rows)
+        tokens = analytic(schedule, durations(schedule, context.device)).token_s
+        assert tokens.mean() == pytest.approx(expected, rel=0.015)
+        assert tokens.std() == pytest.approx(seconds.std(), rel=0.3)
+
+
+@settings(max_examples=40, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@given(contexts(other=True), st.sampled_from(["none", "next-layer"]))
+def test_more_cached_experts_are_never_slower(context: Context, prefetch: str) -> None:
+    """Token by token, as an LRU cache holds what a smaller one does."""
+    x = context.model.architecture.experts
+    if x is None or not POLICY.knobs(context):
+        return
+    context = replace(context, budget_bytes=dict.fromkeys(context.budget_bytes, 1e15))
+    agent = str(POLICY.knobs(context)[0].values[0])
+    least = min(x.per_token * context.workload.batch, x.count)  # smaller ones do not even hold what one step uses
+    held = list(range(least, x.count + 1))
+    rows = POLICY.rows(context, 4)  # type: ignore[attr-defined]
+    schedule = POLICY.decode(context, block_of(held, agent=agent, prefetch=prefetch), rows)
+    took = analytic(schedule, durations(schedule, context.device)).token_s.reshape(len(held), -1)
+    assert (np.diff(took, axis=0) <= 1e-9 * took[1:]).all()
+
+
+def test_asking_early_helps_where_there_is_time_to_fetch() -> None:
+    """An engine that computes a layer for as long as a copy takes hides it; where a layer takes a tenth of a copy, a
+    copy in vain costs more than is hidden."""
+    slow = Context(load_device("t4-cloud").with_engine("mixtral-offloading"), load_model("mixtral-8x7b"),
+                   Workload(128, 128, 1, "fp16", "fp16", (("attention", "int4"), ("experts", "int2"))), None,
+                   context_of("t4-cloud", "mixtral-8x7b").budget_bytes)
+    fast = replace(context_of("rtx4090-pc", "mixtral-8x7b"), workload=Workload(128, 256, 1, "int4"))
+    for context, held, helps in ((slow, 4, True), (fast, 7, False)):
+        rows, found = rows_of(context), []
+        for prefetch in ("none", "next-layer"):
+            schedule = POLICY.decode(context, block_of([held], prefetch=prefetch), rows)
+            found.append(float(analytic(schedule, durations(schedule, context.device)).token_s.mean()))
+        assert (found[1] < found[0]) == helps
 
 
 # -------------------------------------------------------------------------------------------- the schedules
@@ -153,19 +260,21 @@ def test_all_experts_cached_is_resident(device: str, agent: str, model: str, bat
     assert count is not None
     mine, theirs = block_of([count.count], agent=agent, prefetch="next-layer"), Block({"agent": agent}, {})
     resident = policy_named("resident")
-    ours, others = POLICY.decode(context, mine, ONE), resident.decode(context, theirs, ONE)
-    seconds = [float(analytic(s, durations(s, context.device)).token_s[0]) for s in (ours, others)]
-    assert seconds[0] == pytest.approx(seconds[1], rel=1e-12)
+    ours, others = POLICY.decode(context, mine, rows_of(context)), resident.decode(context, theirs, ONE)
+    seconds = [float(analytic(s, durations(s, context.device)).token_s.mean()) for s in (ours, others)]
+    exactly = 1e-12 if batch == 1 else 0.01  # `resident` reads what several sequences use in the mean
+    assert seconds[0] == pytest.approx(seconds[1], rel=exactly)
     tier = context.memory_of(agent)
     assert POLICY.footprint(context, mine)[tier] == pytest.approx(resident.footprint(context, theirs)[tier], rel=1e-12)
-    assert ours.timed_bytes[f"memory.{tier}"] == pytest.approx(others.timed_bytes[f"memory.{tier}"], rel=1e-12)
+    assert ours.timed_bytes[f"memory.{tier}"].mean() == pytest.approx(others.timed_bytes[f"memory.{tier}"][0],
+                                                                      rel=exactly)
 
 
 def test_only_chosen_experts_are_fetched_where_stream_reads_all() -> None:
     context = context_of("a6000", "mixtral-8x7b")
     experts = context.group_bytes["experts"]
-    chosen = POLICY.decode(context, block_of([0]), ONE).timed_bytes["link.h2d"]
-    assert chosen == pytest.approx(experts / 4, rel=1e-12)  # 2 of 8
+    chosen = POLICY.decode(context, block_of([0]), rows_of(context)).timed_bytes["link.h2d"]
+    np.testing.assert_allclose(chosen, experts / 4, rtol=1e-12)  # 2 of 8
     stream = policy_named("stream")
     everything = Block({"agent": "gpu", "source_tier": "host", "prefetch_layers": 0},
                        {"resident_ratio": np.zeros(1), "reader_threads": np.full(1, 32)})
@@ -177,23 +286,25 @@ def test_what_host_memory_lacks_comes_from_storage() -> None:
     context = context_of("a6000", "mixtral-8x7b")
     each = context.group_bytes["experts"] / 256
     context = replace(context, budget_bytes={**context.budget_bytes, "dram": 3 * 32 * each + 4.5 * each})
-    moved = POLICY.decode(context, block_of([1]), ONE).timed_bytes
+    moved = POLICY.decode(context, block_of([1]), rows_of(context)).timed_bytes
     missed = 32 * 2 * 7 / 8 * each
-    assert moved["link.h2d"] == pytest.approx(missed)
-    assert moved["link.flash"] == pytest.approx(missed * (1 - 2 / 7))  # 3 in host memory, of which 1 is cached above
+    assert moved["link.h2d"].mean() == pytest.approx(missed, rel=0.02)
+    # 3 in host memory, of which 1 is cached above as a rule.
+    assert moved["link.flash"].mean() == pytest.approx(missed * (1 - 2 / 7), rel=0.02)
 
 
 def test_the_cpu_computes_missed_experts_only_where_that_is_faster() -> None:
     """Beside 77 GB/s of host memory the link of 25 GB/s is slow; a link ten times as fast is not."""
     context = context_of("a6000", "mixtral-8x7b")
-    moved = POLICY.decode(context, block_of([4], cpu=True), ONE).timed_bytes
+    moved = POLICY.decode(context, block_of([4], cpu=True), rows_of(context)).timed_bytes
     experts = context.group_bytes["experts"]
-    assert moved["link.h2d"][0] == moved["link.d2h"][0] < 1e6  # hidden vectors
-    assert moved["memory.dram"][0] == pytest.approx(experts / 8 + 2 * moved["link.h2d"][0])
+    assert (moved["link.h2d"] == moved["link.d2h"]).all() and moved["link.h2d"].max() < 1e6  # hidden vectors
+    assert moved["memory.dram"].mean() == pytest.approx(experts / 8 + 2 * moved["link.h2d"].mean(), rel=0.02)
     h2d = context.device.link["h2d"]
     fast = h2d.model_copy(update={"rate": h2d.rate.model_copy(update={"value": 10 * h2d.rate.value, "range": None})})
     faster = replace(context, device=context.device.model_copy(update={"link": {**context.device.link, "h2d": fast}}))
-    assert POLICY.decode(faster, block_of([4], cpu=True), ONE).timed_bytes["link.h2d"] == pytest.approx(experts / 8)
+    moved = POLICY.decode(faster, block_of([4], cpu=True), rows_of(context)).timed_bytes
+    assert moved["link.h2d"].mean() == pytest.approx(experts / 8, rel=0.02)
 
 
 def test_unpacking_is_priced_where_an_engine_does_it() -> None:

@@ -100,6 +100,9 @@ class _Classes:
         held = np.repeat(np.asarray(block.columns["experts_per_layer"], dtype=np.float64), len(rows))
         self.spare = _experts.experts_of(context).count - held
         """Experts of a layer that never lie in its cache together with those that do: what needs a buffer at most."""
+        self.vector_params = context.model.group("experts").vector_params / (
+            context.model.architecture.n_expert_layers * _experts.experts_of(context).count)
+        """Of one expert."""
         self.work = ffn_work(context.model, "experts", self.ops.n_tokens)
         self.products = Products(*ffn_products(context.model, "experts", self.ops.n_tokens))
 
@@ -128,9 +131,7 @@ class _Classes:
         """Products of `units` of the experts in use, unpacked first where the engine does that."""
         context, model = self.context, self.context.model
         share = np.divide(units, used, out=np.zeros_like(units), where=used > 0)
-        all_experts = model.architecture.n_expert_layers * _experts.experts_of(context).count
-        read = self.ops.read_bytes(agent, "experts", model.expert_params,
-                                   model.group("experts").vector_params / all_experts)
+        read = self.ops.read_bytes(agent, "experts", model.expert_params, self.vector_params)
         made = self.ops.compute(
             "ffn", OpKind.COMPUTE, agent, 2.0 * self.work.multiplied_params["experts"] * share, read * units,
             (self.work.kernels - GATE_KERNELS - _beside_kernels(context)) * share,

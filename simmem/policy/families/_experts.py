@@ -1,11 +1,12 @@
-"""How many experts does each layer use, miss and ask for early, token by token or in the mean?
+"""How many experts does each layer use, miss and ask for early, token by token?
 
-With a trace of the routing the caches are replayed (`simmem.trace.routing`). Without one, routing is taken as uniform
-and independent: an expert in use is held with the probability (held experts) / (experts), whatever the cache evicts.
+The caches are replayed (`simmem.trace.routing`) on a trace of the routing, or where there is none on one that is drawn
+uniformly and independently (`Context.routed`).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import cast
 
@@ -19,6 +20,7 @@ from simmem.policy.layer_kinds import touched_experts
 from simmem.spec.model import Experts
 from simmem.trace.bits import count, words_of
 from simmem.trace.caches import Policy
+from simmem.trace.drawn import asked_at_recall
 from simmem.trace.routing import asked_a_layer_early, misses_by_layer
 
 __all__ = ["RECALL", "Parts", "Usage", "agents_of", "computes_on_cpu", "expert_bytes", "experts_of", "helper_of",
@@ -31,6 +33,10 @@ RECALL = 0.788
 is added to it, on DeepSeek and Qwen mixtures (Fate, arXiv 2502.12224). Only where the trace does not say."""
 SIZES = 33
 """Cache sizes that are searched at most, the largest that fits apart."""
+ROW_SIZES = 9
+"""Cache sizes by whose misses tokens are chosen that stand for all."""
+PASSES = 4
+"""Times that each of these is chosen again, the others being as they are."""
 COLD_SHARE = 4
 """pin-hot learns from this part of a trace (a quarter, as in a replay)."""
 
@@ -95,94 +101,114 @@ def host_experts(context: Context, agent: str) -> int | None:
     return max(int((room - buffers) // a_layer), 0)
 
 
+def _asked(context: Context) -> NDArray[np.uint8]:
+    """What is asked for a layer early: as recorded, or drawn at `RECALL` where the trace does not say."""
+    known = context.routed.memo
+    if ("asked",) not in known:
+        recorded = asked_a_layer_early(context.routed.trace)
+        known["asked",] = asked_at_recall(context.routed.trace, RECALL) if recorded is None else recorded
+    found: NDArray[np.uint8] = known["asked",]
+    return found
+
+
 def recall_of(context: Context) -> float | None:
     """Share of the needed experts that asking a layer early finds; None where a trace says which."""
-    if context.routing is not None and asked_a_layer_early(context.routing.trace) is not None:
-        return None
-    return RECALL
+    return RECALL if asked_a_layer_early(context.routed.trace) is None else None
 
 
 def steady_tokens(context: Context, n: int) -> NDArray[np.int64]:
-    """Tokens of the routing trace that stand for all of them: quantiles of experts newly needed; [0] without one.
+    """Tokens of the routing trace that stand for all but those that pin-hot learns from.
 
-    Those that pin-hot learns from are left out.
+    One of every n-quantile of what LRU caches of all sizes miss together, so that tokens differ among them as in the
+    trace; which one, is chosen so that what each size misses keeps to its mean.
     """
-    if context.routing is None:
-        return np.zeros(1, dtype=np.int64)
-    table = context.routing.table
-    steady = np.flatnonzero(table.tokens >= context.routing.trace.header.n_tokens // COLD_SHARE)
-    order = steady[np.argsort(table.new_units[steady, :, min(4, table.max_window)].sum(axis=1), kind="stable")]
-    n = min(n, len(order))
-    return np.asarray(np.sort(table.tokens[order[((np.arange(n) + 0.5) / n * len(order)).astype(np.int64)]]))
+    known = context.routed.memo
+    if ("rows", n) not in known:
+        first, count_of = context.routed.trace.header.n_tokens // COLD_SHARE, experts_of(context).count
+        sizes = [round(v) for v in np.linspace(0, count_of - 1, min(count_of, ROW_SIZES)).tolist()]
+        counts = _counts(context, "lru", None, ahead=True, sizes=sizes)
+        copies = np.array([[t[first:].sum(axis=1) for t in (missed, missed - early, missed + wasted)]
+                           for missed, early, wasted, *_ in (counts[size] for size in sizes)], dtype=np.float64)
+        means = copies.mean(axis=2)
+        if context.routing is None:
+            means = _expected(context, np.array(sizes))
+        # As shares of a step: what it misses, and the rest of it, which is taken for a copy in every second layer.
+        off = (copies - means[..., None]) / (means[:, :1, None] + context.model.architecture.n_expert_layers / 2)
+        known["rows", n] = first + _typical(off.reshape(-1, off.shape[2]), n)
+    found: NDArray[np.int64] = known["rows", n]
+    return found
+
+
+def _expected(context: Context, sizes: NDArray[np.int64]) -> Array:
+    """What a step misses, misses unasked and copies in the mean of all routing that might be drawn, (sizes, 3)."""
+    x, layers, trace = experts_of(context), context.model.architecture.n_expert_layers, context.routed.trace
+    used = touched_experts(x.count, x.per_token, context.workload.step_tokens) * layers
+    wrong = count(words_of(_asked(context)[:, 1:] & ~trace.active[:, 1:])).sum(axis=1).mean()
+    each = np.array([used, used * (1.0 - RECALL * (layers - 1) / layers), used + wrong])
+    return np.asarray((1.0 - sizes / x.count)[:, None] * each)
+
+
+def _typical(off: Array, n: int) -> NDArray[np.int64]:
+    """Columns of (figures less their means, tokens), one of each n-quantile of the sum, that keep to the means.
+
+    And to the spread: tokens that are all alike would say nothing of the slow ones.
+    """
+    order = np.argsort(off.sum(axis=0), kind="stable")
+    off = np.concatenate([off, off**2 - (off**2).mean(axis=1, keepdims=True)])
+    parts = np.array_split(order, min(n, len(order)))
+    chosen = [part[len(part) // 2] for part in parts]
+    for _ in range(PASSES):
+        for i, part in enumerate(parts):
+            others = off[:, chosen].sum(axis=1) - off[:, chosen[i]]
+            chosen[i] = part[np.argmin(((others[:, None] + off[:, part]) ** 2).sum(axis=0))]
+    return np.sort(np.array(chosen, dtype=np.int64))
+
+
+def _counts(context: Context, policy: str, below: int | None, *, ahead: bool, sizes: Iterable[int]
+            ) -> dict[int, NDArray[np.int32]]:
+    """Cache size -> (5, tokens, layers) missed, ahead, wasted, late below, early below (`LayerMisses`)."""
+    found: dict[int, NDArray[np.int32]] = context.routed.memo.setdefault(("misses", policy, below, ahead), {})
+    if not set(sizes) <= set(found):
+        new = np.array(sorted(set(sizes) - set(found)))
+        trace = context.routed.trace
+        counts = misses_by_layer(trace, cast(Policy, policy), new, cold_tokens=trace.header.n_tokens // COLD_SHARE,
+                                 asked=_asked(context) if ahead else None, below_units=below)
+        for i, size in enumerate(new.tolist()):
+            found[size] = np.stack([table[:, i] for table in (
+                counts.missed, counts.ahead, counts.wasted, counts.late_below, counts.early_below)]).astype(np.int32)
+    return found
 
 
 def usage(context: Context, block: Block, tokens: NDArray[np.int64]) -> Usage:
     """Counts for a block's columns, candidates × tokens of the routing trace, tokens fastest."""
-    held = np.asarray(block.columns["experts_per_layer"], dtype=np.int64)
-    below = host_experts(context, str(block.structural["agent"]))
-    ahead, policy = block.structural["prefetch"] == "next-layer", str(block.structural["cache_policy"])
-    if context.routing is None:
-        return _uniform(context, np.repeat(held, len(tokens)), below, ahead, policy)
-    return _replayed(context, held, tokens, below, ahead, policy)
+    held = np.asarray(block.columns["experts_per_layer"], dtype=np.int64).tolist()
+    below, ahead = host_experts(context, str(block.structural["agent"])), block.structural["prefetch"] == "next-layer"
+    full = below is not None and below >= experts_of(context).count
+    part = None if full else below
+    # Only a cache below sees what is asked for and not used: without one, both ways share a replay.
+    counts = _counts(context, str(block.structural["cache_policy"]), part, ahead=ahead or part is None, sizes=held)
+    picked = np.stack([counts[size][:, tokens] for size in held], axis=1).astype(np.float64)
+    missed, early, wasted, late_below, early_below = picked.reshape(5, -1, picked.shape[3]).swapaxes(1, 2)
+    if not ahead:
+        early, wasted = np.zeros_like(missed), np.zeros_like(missed)
+    if full:
+        late_below, early_below = np.zeros_like(missed), np.zeros_like(missed)
+    elif part is None:
+        late_below, early_below = missed - early, early + wasted
+    used = count(words_of(context.routed.trace.active[tokens])).astype(np.float64).T
+    return Usage(np.tile(used, (1, len(held))), early, wasted, missed - early, early_below, late_below)
 
 
-def _uniform(context: Context, held: NDArray[np.int64], below: int | None, ahead: bool, policy: str) -> Usage:
-    x, layers = experts_of(context), context.model.architecture.n_expert_layers
-    used = touched_experts(x.count, x.per_token, context.workload.step_tokens)
-    missed = used * (1.0 - held / x.count)
-    found = np.zeros((layers, len(held)))
-    found[1:] = RECALL if ahead else 0.0  # nothing comes before the first one
-    early, wasted = found * missed, np.where(found > 0, 1.0 - found, 0.0) * missed
-    absent = 1.0 - host_share(x.count, held.astype(np.float64), below, pinned=policy == "pin-hot")
-    late = missed - early
-    return Usage(np.full(found.shape, used), early, wasted, late, (early + wasted) * absent, late * absent)
-
-
-def host_share(n_experts: int, held: Array, below: int | None, *, pinned: bool = False) -> Array:
+def host_share(n_experts: int, held: Array, below: int | None) -> Array:
     """Share of what caches of `held` experts miss that is among the `below` in host memory, routing being uniform.
 
-    What the GPU reads passes through host memory, so a cache there holds that too; pinned experts it never sees.
+    What the GPU reads passes through host memory, so a cache there holds that too.
     """
     if below is None:
         return np.zeros_like(held)
     if below >= n_experts:
         return np.ones_like(held)
-    seen = np.full_like(held, below) if pinned else np.maximum(below - held, 0.0)
-    return np.asarray(np.minimum(seen / np.maximum(n_experts - held, 1.0), 1.0))
-
-
-def _replayed(context: Context, held: NDArray[np.int64], tokens: NDArray[np.int64], below: int | None, ahead: bool,
-              policy: str) -> Usage:
-    assert context.routing is not None
-    trace, x = context.routing.trace, experts_of(context)
-    asked = asked_a_layer_early(trace) if ahead else None
-    known: dict[int, tuple[Array, ...]] = context.memo.setdefault(("routing", policy, ahead, below), {})
-    wanted = set(held.tolist())
-    if not wanted <= set(known):
-        sizes = np.array(sorted({*wanted, *size_grid(context)} - set(known)))
-        full = below is not None and below >= x.count
-        counts = misses_by_layer(trace, cast(Policy, policy), sizes, cold_tokens=trace.header.n_tokens // COLD_SHARE,
-                                 asked=asked, below_units=None if below is None or full else below)
-        for i, size in enumerate(sizes.tolist()):
-            known[size] = tuple(table[:, i].astype(np.float64) for table in (
-                counts.missed, counts.ahead, counts.wasted,
-                *(np.zeros_like(table) if full else table for table in (counts.late_below, counts.early_below))))
-
-    def of(index: int) -> Array:  # (layers, candidates · rows)
-        picked = np.stack([known[size][index][tokens] for size in held.tolist()])  # (candidates, rows, layers)
-        return picked.reshape(-1, picked.shape[2]).T
-
-    used = count(words_of(trace.active))[tokens].astype(np.float64).T
-    used = np.tile(used, (1, len(held)))
-    missed, early, wasted, late_below, early_below = (of(i) for i in range(5))
-    if ahead and asked is None:  # the trace does not say which were asked for: as many as elsewhere
-        share = np.zeros((len(used), 1))
-        share[1:] = RECALL
-        early = share * missed
-        wasted = np.where(share > 0, 1.0 - share, 0.0) * used * (1.0 - np.repeat(held, len(tokens)) / x.count)
-        gone = np.divide(late_below, missed, out=np.zeros_like(missed), where=missed > 0)
-        return Usage(used, early, wasted, missed - early, (early + wasted) * gone, (missed - early) * gone)
-    return Usage(used, early, wasted, missed - early, early_below, late_below)
+    return np.asarray(np.minimum(np.maximum(below - held, 0.0) / np.maximum(n_experts - held, 1.0), 1.0))
 
 
 def agents_of(context: Context) -> tuple[str, ...]:

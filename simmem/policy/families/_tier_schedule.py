@@ -3,8 +3,10 @@
 The GPU batches of a layer are one op with their demands added up: within a layer all of them do the same, and what
 comes for one while another computes (its states, its part of the next layer's weights) here comes for the next layer
 while this one computes. It differs by what fills the pipeline, at most one GPU batch a step. Weights and states of the
-next layer arrive while one computes; what a layer made is stored before the layer after it ends. An engine that does
-not copy to the GPU while the CPU computes (`h2d_overlaps_cpu`) does the CPU's attention in the stream of those copies.
+next layer arrive while one computes; what a layer made is stored before the layer after it ends. Where the CPU attends,
+its results go over the same link as the next layer's weights: as many of those as can be copied until the results are
+there are copied before them, the others after, so that neither waits for the other. An engine that does not copy to the
+GPU while the CPU computes (`h2d_overlaps_cpu`) does the CPU's attention in the stream of those copies.
 """
 
 from __future__ import annotations
@@ -28,6 +30,7 @@ from simmem.policy.ops import (
     Ops,
 )
 from simmem.schedule import OpKind, Phase, Schedule
+from simmem.spec.device import Device
 from simmem.spec.precision import matrix_bytes_per_param
 
 __all__ = ["IN_SERIES", "tier_schedule"]
@@ -50,7 +53,10 @@ class _Parts:
 
     read_weights: list[list[Demand]]
     """Per kind of layer, last the head: out of storage."""
+    early_weights: list[list[Demand]]
+    """Copied on to the GPU while the CPU attends."""
     copy_weights: list[list[Demand]]
+    """And after that."""
     read_state: list[Demand]
     """Keys and values, and activations, of one layer out of storage."""
     copy_state: list[Demand]
@@ -95,16 +101,22 @@ def _parts(context: Context, at: Layout, ops: Ops) -> _Parts:
         at.gpu, ops.n_tokens, ops.context_flop * near, ops.context_bytes * near, kernels=n * CONTEXT_KERNELS,
         release={fast: fetched * room, host: np.where(far > 0, 0.0, at.kv.storage * room)})
     far_attention: Demand | None = None
+    early = [np.zeros(len(n))] * len(stages)
     if cpu:
         far_attention = ops.attention(
             cpu, ops.n_tokens, ops.context_flop * far, ops.context_bytes * far, kernels=n * CONTEXT_KERNELS,
             release={host: np.where(far > 0, at.kv.storage * room, 0.0)})
         if context.agent(cpu).h2d_overlaps_cpu is False:
             far_attention = far_attention[0], f"link.{to_gpu[-1]}"
+        else:
+            early = _early_shares(ops, at, far, to_gpu, to_host)
     return _Parts(
         [ops.move("weights", s.storage * b, from_storage, staged=s.storage * b)
          for s, b in zip(shares, stages, strict=True)],
-        [ops.move("weights", s.away * b, to_gpu, staged=s.away * b) for s, b in zip(shares, stages, strict=True)],
+        [ops.move("weights", e * s.away * b, to_gpu, staged=e * s.away * b)
+         for e, s, b in zip(early, shares, stages, strict=True)],
+        [ops.move("weights", (1.0 - e) * s.away * b, to_gpu, staged=(1.0 - e) * s.away * b)
+         for e, s, b in zip(early, shares, stages, strict=True)],
         ops.move("state", at.kv.storage * kv + at.hidden.storage * vectors, from_storage,
                  staged=at.kv.storage * room),
         ops.move("state", fetched * kv + at.hidden.away * meanwhile, to_gpu, copies=n, staged=fetched * room),
@@ -124,6 +136,34 @@ def _parts(context: Context, at: Layout, ops: Ops) -> _Parts:
                     precision=context.group_precision("embedding" if model.architecture.tied_head else "head"),
                     release=_done(context, at, len(stages) - 1)),
         ops.step(at.gpu) if decoding else [])
+
+
+def _early_shares(ops: Ops, at: Layout, far: Array, to_gpu: tuple[str, ...], to_host: tuple[str, ...]) -> list[Array]:
+    """Share of each stage's weights that can be copied out of host memory until the CPU has attended for the layer
+    before, at the achieved rates: an engine that gives the small copies precedence does as well."""
+    context, device, model = ops.context, ops.context.device, ops.context.model
+    gpu, cpu, layers = context.agent(at.gpu), context.agent(str(context.host_agent)), model.architecture.n_layers
+    precision = gpu.computes_as(context.group_precision(model.mixer.name))
+    flop = 2.0 * ops.n_tokens * model.mixer.matrix_params / layers
+    read = at.n_batches * ops.read_bytes(at.gpu, model.mixer.name, model.mixer.matrix_params / layers, 0.0)
+    projecting = read / (gpu.rate.value * gpu.rate_share.value)
+    if precision is not None:
+        projecting = np.maximum(projecting, flop / (gpu.flop_per_s[precision].value * gpu.flop_share.value))
+    sent = context.kv_token_bytes * ops.n_tokens / layers + context.activation_bytes(ops.n_tokens)
+    rate = cpu.rate.value * cpu.rate_share.value if cpu.attention_rate is None else cpu.attention_rate.value
+    until = projecting + far * (sent / _slowest(device, to_host) + ops.context_bytes / layers / rate)
+    found = []
+    for shares, n_bytes in zip([at.weights] * (len(stage_bytes(context)) - 1) + [at.head], stage_bytes(context),
+                               strict=True):
+        copying = shares.away * n_bytes / _slowest(device, to_gpu)
+        share = np.minimum(until / np.maximum(copying, 1e-300), shares.host / np.maximum(shares.away, 1e-300))
+        found.append(np.where(far > 0, np.minimum(share, 1.0), 0.0))
+    return found
+
+
+def _slowest(device: Device, links: tuple[str, ...]) -> float:
+    """Rate of the slowest of some links. [B/s]"""
+    return min(device.link[name].rate.value for name in links)
 
 
 def _done(context: Context, at: Layout, stage: int) -> dict[str, Array]:
@@ -193,34 +233,38 @@ def tier_schedule(context: Context, at: Layout, phase: Phase, n_tokens: int) -> 
     computed: list[int] = []  # op that ends a stage, all tokens in one sequence
     attended: list[tuple[int | None, ...]] = []  # ops after which the states of a layer are no longer needed
     kept: tuple[int | None, ...] = ()
-    issued: dict[tuple[str, int], tuple[int | None, ...]] = {}
+    issued: dict[tuple[str, str, int], tuple[int | None, ...]] = {}
     last: int | None = None
 
-    def bring(what: str, place: int, *, read_only: bool = False) -> tuple[int | None, ...]:
-        """Issue the read, and the copy unless `read_only`, of a stage's weights or a layer's states, when not yet done.
+    def bring(what: str, place: int, upto: str = "copy") -> tuple[int | None, ...]:
+        """Issue the read of a stage's weights or a layer's states, then what is copied of it early, then the rest, when
+        not yet done; only up to one of them.
 
         Also past the timed token: they are in the way of its other reads.
         """
-        if phase is Phase.PREFILL and place >= (n_stages if what == "weights" else n_layers):
-            return ()  # nothing follows the prompt here
         per = n_stages if what == "weights" else n_layers
+        if phase is Phase.PREFILL and place >= per:
+            return ()  # nothing follows the prompt here
         where, token = place % per, place // per
-        if what == "weights":
-            kind = -1 if where == n_layers else kinds[where]
-            read, copy = parts.read_weights[kind], parts.copy_weights[kind]
-        else:
-            read, copy = parts.read_state, parts.copy_state
         free: tuple[int | None, ...] = ()
         if place >= BUFFERS:
             free = (computed[place - BUFFERS],) if what == "weights" else attended[place - BUFFERS]
-        for name, moves, deps in ((f"read {what}", read, free), (f"copy {what}", copy, None)):
-            if deps is None:
-                if read_only:
-                    break
-                deps = (*free, *issued[f"read {what}", place])
-            if (name, place) not in issued:
-                issued[name, place] = ops.chain(moves, deps=deps, token=token, layer=where)
-        return issued[f"copy {what}" if not read_only else f"read {what}", place]
+        if what == "weights":
+            kind = -1 if where == n_layers else kinds[where]
+            moves = {"read": parts.read_weights[kind], "early": parts.early_weights[kind],
+                     "copy": parts.copy_weights[kind]}
+        else:
+            moves = {"read": parts.read_state, "copy": parts.copy_state}
+        waited = free
+        for step, demands in moves.items():
+            if (what, step, place) not in issued:
+                # What is copied early lies in host memory; only the rest waits for a read.
+                issued[what, step, place] = ops.chain(demands, deps=free if step == "early" else waited, token=token,
+                                                      layer=where)
+            waited = (*waited, *issued[what, step, place])
+            if step == upto:
+                break
+        return issued[what, upto, place]
 
     for token in range(n_tokens):
         for layer in range(n_stages):
@@ -232,8 +276,8 @@ def tier_schedule(context: Context, at: Layout, phase: Phase, n_tokens: int) -> 
                 bring("weights", stage + 1)
                 continue
             copied = bring("state", state)
-            bring("weights", stage + 1, read_only=True)
-            bring("state", state + 1, read_only=True)
+            bring("weights", stage + 1, "read")
+            bring("state", state + 1, "read")
             there = ops.chain(parts.activations_in, deps=[last], token=token, layer=layer)
             deps: tuple[int | None, ...] = (*there, *weights)
             unpack = parts.unpack[kinds[layer]]
@@ -248,7 +292,9 @@ def tier_schedule(context: Context, at: Layout, phase: Phase, n_tokens: int) -> 
             users: tuple[int | None, ...] = (near,)
             back: tuple[int | None, ...] = (near,)
             if parts.far_attention is not None:
-                far = ops.op(parts.far_attention, deps=[*sent, *issued["read state", state]], token=token, layer=layer)
+                bring("weights", stage + 1, "early")
+                states = issued["state", "read", state]
+                far = ops.op(parts.far_attention, deps=[*sent, *states], token=token, layer=layer)
                 users = (near, far)
                 back = (near, *ops.chain(parts.from_cpu, deps=[far], token=token, layer=layer))
             attended.append(users)

@@ -36,7 +36,7 @@ class ExpertCache:
     name = "expert-cache"
     summary = "a cache of experts in every layer, the others fetched when a token needs them"
     uses_trace = False
-    """Not of neurons; a trace of the routing, where there is one, through `rows`."""
+    """Not of neurons; a trace of the routing, recorded or drawn, through `rows`."""
 
     def why_not(self, context: Context) -> str | None:
         """Why this policy cannot plan a context; None where it can."""
@@ -63,7 +63,7 @@ class ExpertCache:
         )
 
     def rows(self, context: Context, n: int) -> NDArray[np.int64]:
-        """Tokens of the routing trace to look at; one where there is none."""
+        """Tokens of the routing trace, or of the drawn one, to look at."""
         return _experts.steady_tokens(context, n)
 
     def agents(self, context: Context, block: Block) -> tuple[str, ...]:
@@ -129,7 +129,7 @@ class ExpertCache:
 def _notes(context: Context, block: Block, cpu_share: float) -> list[str]:
     x, notes = _experts.experts_of(context), []
     if context.routing is None:
-        notes.append("routing is taken as uniform, as no trace of it is given: n cached experts of a layer then hit n "
+        notes.append("routing is drawn uniformly, as no trace of it is given: n cached experts of a layer then hit n "
                      f"times in {x.count}, whatever is evicted; real routing repeats itself and hits more often")
     else:
         header = context.routing.trace.header

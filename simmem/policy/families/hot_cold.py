@@ -25,7 +25,7 @@ from simmem.policy.context import Context
 from simmem.policy.families._hot_cold_ops import Parts, decode_ops, prompt_ops
 from simmem.policy.families._predicted import predictor_knobs, said_of_predictor, unknown_cost
 from simmem.policy.families._two_agents import gpu_knob, host_of, output_bytes, pass_through_bytes, why_not_two
-from simmem.policy.placement import Balance, Stage
+from simmem.policy.placement import Balance, Placed, Stage
 from simmem.schedule import Schedule
 from simmem.trace.hot import HotTable
 from simmem.trace.trace import TraceHeader
@@ -48,14 +48,12 @@ class _Split:
 
     heads: Array
     """(n_layers, n) share of the attention heads of each layer."""
-    classes: Array
-    """(n_layers, C, n) share of each class of neurons."""
+    neurons: Array
+    """(n_layers, n) share of the neurons of each layer."""
     placed_bytes: Array
     """Of both together, (n,). [B]"""
     kv_bytes: Array
     """Keys and values in the GPU's memory, (n,). [B]"""
-    gap: Array | None
-    """Share by which the best placement could be faster, (n,); None where frequencies do not decide."""
 
 
 @register
@@ -87,8 +85,8 @@ class HotCold:
                  hint="layer fills whole layers in their order, random takes neurons blindly"),
             Knob("kv_cache", "structural", ("host", "with-heads"), "where keys and values lie", default="host"),
             Knob("gpu_weight_bytes", "demand", tuple(np.linspace(low, high, SIZES).tolist()),
-                 "weights in the GPU's memory, predictor and output projection included, in bytes", low=low,
-                 high=high),
+                 "weights in the GPU's memory, predictor and output projection included, in bytes or e.g. 10GB",
+                 low=low, high=high, dimension="bytes"),
         )
 
     def agents(self, context: Context, block: Block) -> tuple[str, ...]:
@@ -176,39 +174,67 @@ class HotCold:
                for f, u in zip(table.frequency, table.units, strict=True)]
         return [attention] * len(ffn) + ffn
 
-    def _placed(self, context: Context, block: Block, rooms: Array) -> tuple[tuple[Array, ...], Array | None]:
-        """Units of each stage's classes in the GPU's memory, and the gap to the best placement."""
-        how, key = block.structural["placement"], ("balance", block.structural["predictor"], block.structural["agent"])
+    def _balance(self, context: Context, block: Block) -> Balance:
+        key = "balance", block.structural["predictor"], block.structural["agent"]
         if key not in context.memo:
-            fast, slow = (1.0 / (agent.rate.value * agent.rate_share.value)
-                          for agent in map(context.agent, self.agents(context, block)))
-            context.memo[key] = Balance(self._stages(context, block), fast, slow)
-        balance: Balance = context.memo[key]
-        if how == "frequency":
-            placed = balance.at(rooms)
-            return placed.units, placed.gap
-        stages = balance.stages
+            context.memo[key] = self._shared_balance(context, block)
+        found: Balance = context.memo[key]
+        return found
+
+    def _shared_balance(self, context: Context, block: Block) -> Balance:
+        """The one of all contexts that have the same trace and the same stages: budgets have no part in it."""
+        fast, slow = (1.0 / (agent.rate.value * agent.rate_share.value)
+                      for agent in map(context.agent, self.agents(context, block)))
+        stages, replayed = self._stages(context, block), context.asking(str(block.structural["predictor"]), 0).replayed
+        assert replayed is not None
+        ends = [(s.unit_bytes, s.join_s, *s.frequency.tolist()) for s in (stages[0], stages[-1])]
+        alike = ("balance", fast, slow, *ends)
+        if alike not in replayed.memo:
+            replayed.memo[alike] = Balance(stages, fast, slow)
+        found: Balance = replayed.memo[alike]
+        return found
+
+    def _placed(self, context: Context, block: Block) -> Placed:
+        """The placement by frequency."""
+        fixed = self._fixed_bytes(context, str(block.structural["predictor"]))
+        return self._balance(context, block).at(block.columns["gpu_weight_bytes"].astype(np.float64) - fixed)
+
+    def _shares(self, context: Context, block: Block) -> Array:
+        """Share of each stage in the GPU's memory, whole layers or any units, (n_stages, n)."""
+        stages = self._balance(context, block).stages
+        fixed = self._fixed_bytes(context, str(block.structural["predictor"]))
+        rooms = block.columns["gpu_weight_bytes"].astype(np.float64) - fixed
         sizes = np.array([float(s.units.sum()) * s.unit_bytes for s in stages])
-        if how == "random":
-            shares = np.tile(np.clip(rooms / sizes.sum(), 0.0, 1.0), (len(stages), 1))
-        else:  # a layer's attention, its FFN, the next layer's
-            order = np.arange(len(stages)).reshape(2, -1).T.reshape(-1)
-            before = np.zeros(len(stages))
-            before[order] = np.cumsum(sizes[order]) - sizes[order]
-            shares = np.clip((rooms[None, :] - before[:, None]) / sizes[:, None], 0.0, 1.0)
-        return tuple(s.units[:, None] * share[None, :] for s, share in zip(stages, shares, strict=True)), None
+        if block.structural["placement"] == "random":
+            return np.tile(np.clip(rooms / sizes.sum(), 0.0, 1.0), (len(stages), 1))
+        # A layer's attention, its FFN, the next layer's.
+        order = np.arange(len(stages)).reshape(2, -1).T.reshape(-1)
+        before = np.zeros(len(stages))
+        before[order] = np.cumsum(sizes[order]) - sizes[order]
+        return np.asarray(np.clip((rooms[None, :] - before[:, None]) / sizes[:, None], 0.0, 1.0))
 
     def _split(self, context: Context, block: Block) -> _Split:
-        layers = context.model.architecture.n_layers
-        predictor = str(block.structural["predictor"])
-        rooms = block.columns["gpu_weight_bytes"].astype(np.float64) - self._fixed_bytes(context, predictor)
-        units, gap = self._placed(context, block, rooms)
-        table, heads = self._table(context, predictor), np.array(units[:layers])[:, 0] / self._heads(context)
-        neurons, near_heads = np.array(units[layers:]), _added(heads)
+        layers, predictor = context.model.architecture.n_layers, str(block.structural["predictor"])
+        if block.structural["placement"] == "frequency":
+            counts = self._placed(context, block).counts
+        else:
+            units = np.array([float(s.units.sum()) for s in self._balance(context, block).stages])
+            counts = units[:, None] * self._shares(context, block)
+        heads, neurons = counts[:layers] / self._heads(context), counts[layers:]
+        near_heads = _added(heads)
         placed = (near_heads * self._attention_bytes(context)
-                  + _added(neurons.reshape(-1, len(rooms))) * context.asking(predictor, 0).unit_bytes)
+                  + _added(neurons) * context.asking(predictor, 0).unit_bytes)
         kv = context.kv_bytes / layers if block.structural["kv_cache"] == "with-heads" else 0.0
-        return _Split(heads, neurons / np.maximum(table.units, 1)[:, :, None], placed, kv * near_heads, gap)
+        return _Split(heads, neurons / context.model.architecture.d_ff, placed, kv * near_heads)
+
+    def _classes(self, context: Context, block: Block) -> Array:
+        """Share of each class of neurons in the GPU's memory, (n_layers, C, n)."""
+        table = self._table(context, str(block.structural["predictor"]))
+        layers = len(table.units)
+        if block.structural["placement"] == "frequency":
+            units = np.array(self._placed(context, block).units[layers:])
+            return np.asarray(units / np.maximum(table.units, 1)[:, :, None])
+        return np.asarray((table.units > 0)[:, :, None] * self._shares(context, block)[layers:, None, :])
 
     # --- memory ---------------------------------------------------------------------------------
 
@@ -234,22 +260,19 @@ class HotCold:
 
     def _parts(self, context: Context, block: Block, split: _Split, n_rows: int = 1) -> Parts:
         gpu, host = self.agents(context, block)
-        table = self._table(context, str(block.structural["predictor"]))
-        share = table.units / table.units.sum(axis=1, keepdims=True)
-        neurons = _added((share[:, :, None] * split.classes).swapaxes(0, 1))
         return Parts(gpu, host, np.repeat(split.heads, n_rows, axis=1), block.structural["kv_cache"] == "host",
-                     np.repeat(neurons, n_rows, axis=1))
+                     np.repeat(split.neurons, n_rows, axis=1))
 
-    def _used_rows(self, context: Context, block: Block, split: _Split, rows: NDArray[np.int64]
-                   ) -> tuple[Array, Array]:
+    def _used_rows(self, context: Context, block: Block, rows: NDArray[np.int64]) -> tuple[Array, Array]:
         """Neurons a token uses on the GPU and on the CPU, both (n_layers, candidates × rows), rows fastest."""
         table = self._table(context, str(block.structural["predictor"]))
         active = table.active[rows].astype(np.float64)
         if block.structural["predictor"] == "none":
             active = np.repeat(table.units[None].astype(np.float64), len(rows), axis=0)
         by_class = active.transpose(2, 1, 0)[:, :, None, :]  # (C, L, 1, T)
-        near = np.zeros((split.classes.shape[0], split.classes.shape[2], len(rows)))
-        for used, here in zip(by_class, split.classes.swapaxes(0, 1)[:, :, :, None], strict=True):
+        classes = self._classes(context, block)
+        near = np.zeros((classes.shape[0], classes.shape[2], len(rows)))
+        for used, here in zip(by_class, classes.swapaxes(0, 1)[:, :, :, None], strict=True):
             near += used * here
         far = np.maximum(active.sum(axis=2).T[:, None, :] - near, 0.0)
         return near.reshape(len(near), -1), far.reshape(len(far), -1)
@@ -267,7 +290,7 @@ class HotCold:
             assert known.trace is not None
             params = (known.trace.header.predictor_params_share * context.model.params
                       / context.model.architecture.n_layers)
-        near, far = self._used_rows(context, block, split, rows)
+        near, far = self._used_rows(context, block, rows)
         ops, last = decode_ops(known, self._parts(known, block, split, len(rows)), near_rows=near, far_rows=far,
                                heads_used=self._attention_share(context, predictor), predictor_params=params)
         last = ops.op(ops.head(ops.agents[0]), deps=[last], layer=len(near))
@@ -309,7 +332,7 @@ class HotCold:
 
     def _load(self, context: Context, block: Block, split: _Split, rows: NDArray[np.int64]) -> tuple[float, float]:
         """Bytes of active units (heads and neurons) that the GPU and the CPU multiply in a mean token. [B]"""
-        near, far = self._used_rows(context, block, split, rows)
+        near, far = self._used_rows(context, block, rows)
         known = context.asking(str(block.structural["predictor"]), 0)
         used = self._attention_share(context, str(block.structural["predictor"])) * self._attention_bytes(context)
         heads = split.heads[:, 0]
@@ -325,7 +348,8 @@ class HotCold:
         on_gpu, on_cpu = self._load(context, block, split, rows)
         share, held = on_gpu / (on_gpu + on_cpu), float(split.placed_bytes[0]) / self._movable_bytes(context)
         table = self._table(context, predictor)
-        gap = None if split.gap is None else float(split.gap[0])
+        frequent = block.structural["placement"] == "frequency"
+        gap = float(self._placed(context, block).gap[0]) if frequent else None
         notes = [f"the {gpu} holds {100 * held:.1f} % of attention and neurons and does {100 * share:.1f} % of their "
                  f"work; which is frequent was counted on {table.profile_tokens} tokens that are not timed"]
         if gap is not None:

@@ -15,19 +15,22 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.errors import SpecError
-from simmem.policy.base import Block, Knob, Placement, register, why_not_plan
+from simmem.policy.base import Block, Knob, Placement, one_value, register, why_not_plan
 from simmem.policy.context import Context
+from simmem.policy.families._tier_bound import least_rows
 from simmem.policy.families._tier_bytes import BUFFERS, Layout, footprint, layout, placements, route
-from simmem.policy.families._tier_schedule import IN_SERIES, tier_schedule
+from simmem.policy.families._tier_schedule import tier_schedule
 from simmem.policy.layers import WARM_UP
 from simmem.policy.placement_lp import Affine, TierProblem, tier_corners, tier_shares
-from simmem.schedule import OpKind, Phase, Schedule
+from simmem.schedule import Phase, Schedule
 
 __all__ = ["TierPercent"]
 
 Array = NDArray[np.float64]
 
 PERCENTS = ("weights_percent", "kv_percent", "activations_percent")
+MOST = 10_000_000
+"""Sequences of a workload at most, as `Workload` has it."""
 SPLITS = 24
 """Ways to cut the sequences into GPU batches that are searched."""
 ROUNDING = 1.0 - 1e-8
@@ -69,6 +72,14 @@ class TierPercent:
         """Whole matrices are what FlexGen makes of given shares; shares that are searched are exact."""
         return structural["weights_split"] == "matrices" and "weights_percent" not in fixed
 
+    def sequences(self, fixed: Mapping[str, object]) -> tuple[int, bool]:
+        """What the batch must be a multiple of where a GPU batch or their number is set; where both are, the batch.
+
+        Raises SpecError for what is no number of sequences.
+        """
+        given = [_whole(name, fixed[name]) for name in ("gpu_batch", "n_gpu_batches") if name in fixed]
+        return math.prod(given), len(given) == 2
+
     def knobs(self, context: Context) -> tuple[Knob, ...]:
         if why_not_plan(self, context) is not None:
             return ()
@@ -102,6 +113,7 @@ class TierPercent:
         Raises SpecError for knobs that contradict each other, the workload or the device.
         """
         _check(context, block)
+        block = _other_part(context, block, fixed)
         kept = np.flatnonzero(block.columns["gpu_batch"] * block.columns["n_gpu_batches"] == context.workload.batch)
         if not len(kept):
             given = ", ".join(f"{k} {fixed[k]}" for k in ("gpu_batch", "n_gpu_batches") if k in fixed)
@@ -131,10 +143,11 @@ class TierPercent:
         at = layout(context, block)
         step = tier_schedule(context, at, Phase.DECODE, 1)
         read = step.timed_bytes.get(f"link.{context.storage_link[0]}", np.zeros(1))
-        gap = _gap(context, block)
+        matrices = block.structural["weights_split"] == "matrices"
         return {"requested_bytes": float(read[0]), "cache": {}, "active_share": {at.gpu: 1.0},
-                "notes": _notes(context, block, at, gap), "perplexity_ratio": 1.0,
-                "quality_source": "dense: no work is dropped", "gap": gap}
+                "notes": _notes(context, block, at), "perplexity_ratio": 1.0,
+                "quality_source": "dense: no work is dropped",
+                "least_s": {} if matrices else _least_s(context, block)}
 
 
 # --- knobs --------------------------------------------------------------------------------------------
@@ -145,6 +158,12 @@ def _gpus(context: Context) -> tuple[str, ...]:
     host = context.device.host
     return tuple(name for name in context.able_agents if context.memory_of(name) != host
                  and route(context, host, context.memory_of(name)) and route(context, context.memory_of(name), host))
+
+
+def _whole(name: str, given: object) -> int:
+    """A number of sequences or of batches from the command line or a file."""
+    knob = Knob(name, "demand", (1,), "", low=1, high=MOST)
+    return int(one_value(knob.parse(given)))
 
 
 def _writes(context: Context) -> bool:
@@ -158,6 +177,18 @@ def _splits(batch: int) -> list[tuple[int, int]]:
     sizes = sorted({*small, *(batch // d for d in small)}, reverse=True)
     picked = np.unique(np.linspace(0, len(sizes) - 1, min(len(sizes), SPLITS)).round().astype(int))
     return [(sizes[i], batch // sizes[i]) for i in picked.tolist()]
+
+
+def _other_part(context: Context, block: Block, fixed: Mapping[str, object]) -> Block:
+    """With the GPU batch set alone as many of them as make up the batch, or the other way round: a grid of the ways to
+    cut the batch may have left that out."""
+    for name, other in (("gpu_batch", "n_gpu_batches"), ("n_gpu_batches", "gpu_batch")):
+        given, rest = block.columns[name][0], block.columns[other]
+        if name in fixed and other not in fixed and context.workload.batch % given == 0:
+            block = block.only(np.flatnonzero(rest == rest[0]))
+            return Block(block.structural, {
+                **block.columns, other: np.full(block.n_candidates, context.workload.batch // given)})
+    return block
 
 
 def _check(context: Context, block: Block) -> None:
@@ -189,7 +220,7 @@ def _problems(context: Context, gpu: str, ways: Sequence[tuple[int, bool]]) -> l
         **columns, "n_gpu_batches": np.repeat([batches for batches, _ in ways], n),
         "cpu_attention": np.repeat([helps for _, helps in ways], n)}))
     used = footprint(context, at)
-    prompt, decode = _busy_s(context, at, Phase.PREFILL), _busy_s(context, at, Phase.DECODE)
+    prompt, decode = least_rows(context, at, Phase.PREFILL), least_rows(context, at, Phase.DECODE)
     spills = _writes(context)
     return [TierProblem(
         tuple(_affine(row[i: i + n]) for row in prompt), tuple(_affine(steps * row[i: i + n]) for row in decode),
@@ -200,36 +231,6 @@ def _problems(context: Context, gpu: str, ways: Sequence[tuple[int, bool]]) -> l
 
 def _affine(values: Array) -> Affine:
     return Affine(float(values[0]), values[1:] - values[0])
-
-
-def _busy_s(context: Context, at: Layout, phase: Phase) -> list[Array]:
-    """Least time of a step or a prompt at a layout: how long each stream is busy, and what is done in series. [s]
-
-    Full rates, no latencies: below every schedule of this policy.
-    """
-    schedule = tier_schedule(context, at, phase, 1)
-    uses = np.zeros((len(schedule.streams), len(schedule.classes)))
-    here = np.flatnonzero(schedule.timed)
-    np.add.at(uses, (schedule.op_stream[here], schedule.op_class[here]), 1.0)
-    seconds = np.zeros_like(schedule.flop)
-    device, series = context.device, np.zeros(len(schedule.classes))
-    for k, what in enumerate(schedule.classes):
-        if what.link is not None:
-            seconds[k] = schedule.bytes[f"link.{what.link}"][k] / device.link[what.link].rate.value
-        else:
-            agent = device.agent[str(what.agent)]
-            precision = agent.computes_as(what.precision)
-            peak = agent.flop_per_s[precision].value * agent.flop_share.value if precision else math.inf
-            rate = agent.rate.value * agent.rate_share.value
-            if what.rate == "attention" and agent.attention_rate is not None:
-                rate = agent.attention_rate.value
-            moved = schedule.bytes.get(f"memory.{agent.memory}", seconds)[k]
-            constant = agent.step_overhead if what.kind is OpKind.SYNC and agent.step_overhead else agent.op_overhead
-            seconds[k] = np.maximum(schedule.flop[k] / peak, moved / rate) + schedule.requests[k] * constant.value
-        # The GPU's part of attention runs beside the CPU's, everything else of these after one another.
-        beside = what.name == "attention" and what.agent == at.gpu
-        series[k] = (what.agent is not None and not beside) or what.name.startswith(IN_SERIES)
-    return [*(uses @ seconds), (uses.sum(axis=0) * series) @ seconds]
 
 
 def _ways(context: Context, gpu: str) -> dict[tuple[int, bool], TierProblem]:
@@ -274,26 +275,19 @@ def _placed(context: Context, block: Block, fixed: Mapping[str, object]) -> Bloc
     return Block(block.structural, columns).only(np.sort(distinct))
 
 
-def _gap(context: Context, block: Block) -> float | None:
-    """By how much other shares on the tiers could be faster, for a block of tokens or for a step, whichever these are
-    better at; by the linear programme of the same GPU batches."""
-    if block.structural["weights_split"] == "matrices":
-        return None
-    at, steps = layout(context, block), context.workload.decode_steps
+def _least_s(context: Context, block: Block) -> dict[str, float]:
+    """What no shares on the tiers beat with the GPU batches of a block of one candidate, (1,): a decode step for each
+    token that it yields ("step"), and the prompt with all decode steps ("total"). [s]"""
+    at, new = layout(context, block), context.workload.new_tokens
     way = int(at.n_batches[0]), bool(at.cpu_attention[0])
     known = _ways(context, at.gpu)
     problem = known[way] if way in known else _problems(context, at.gpu, [way])[0]
-    prompt, decode = (float(max(row[0] for row in _busy_s(context, at, phase)))
-                      for phase in (Phase.PREFILL, Phase.DECODE))
-    gaps = [0.0]
-    for objective, seconds in (("total", prompt + steps * decode), ("step", steps * decode)):
-        best = tier_shares(problem, objective)
-        if best is not None and seconds:
-            gaps.append(max(1.0 - best.seconds / seconds, 0.0))
-    return min(gaps[1:], default=0.0)
+    step, total = (tier_shares(problem, objective) for objective in ("step", "total"))
+    found = {} if step is None or new < 2 else {"step": step.seconds / (new - 1)}
+    return found if total is None else {**found, "total": total.seconds}
 
 
-def _notes(context: Context, block: Block, at: Layout, gap: float | None) -> list[str]:
+def _notes(context: Context, block: Block, at: Layout) -> list[str]:
     n, found = int(at.n_batches[0]), []
     if n > 1:
         found.append(f"each layer's weights serve {n} GPU batches of {context.workload.batch // n} sequences in turn")
@@ -303,7 +297,4 @@ def _notes(context: Context, block: Block, at: Layout, gap: float | None) -> lis
     if abs(at.weights.gpu[0] - asked[0]) > 1e-3 or abs(at.weights.host[0] - asked[1]) > 1e-3:
         found.append(f"as whole matrices, {at.weights.gpu[0]:.0%} of the layers' weights are on the GPU and "
                      f"{at.weights.host[0]:.0%} in host memory, where {asked[0]:.0%} and {asked[1]:.0%} were asked for")
-    if gap is not None:
-        found.append(f"with these GPU batches no other shares on the tiers are more than {gap:.1%} faster, by a linear "
-                     "programme of all streams")
     return found

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from itertools import accumulate, groupby
 
 from simmem.planner.document import Emission
+from simmem.policy.base import one_value
 from simmem.report.emit.asked import Asked, Realise, by_policy, cannot, dropped_parts, realised, size
 from simmem.report.emit.torch_modules import Modules, modules_of
 from simmem.spec.model import Model
@@ -77,41 +78,100 @@ def _stream(asked: Asked) -> Emission:
     if modules is None:
         return cannot(NAME, [])
     if asked.weights not in _DTYPES:
-        return cannot(NAME, [f"stream {asked.weights} weights: bitsandbytes expands modules on the cpu or disk to "
-                             "fp32, HQQ and quanto refuse them"], "plan with --weights fp16, which it can stream")
-    layers = asked.context.layers
-    each = [layers.stored_bytes[kind] for kind in layers.kind]
+        return _cannot_stream(asked)
+    each = _layer_bytes(asked)
     outside = asked.context.total_bytes - sum(each)
-    use = asked.plan.memory[asked.fast]
-    room = use.budget_bytes - asked.context.kv_bytes - asked.context.working_bytes - _largest_bytes(asked)
-    limit = min(asked.share * asked.context.total_bytes, room)
+    limit = min(asked.share * asked.context.total_bytes, _room(asked))
     keeps_outside = outside <= limit
     whole = sum(total <= limit - outside for total in accumulate(each)) if keeps_outside else 0
     kept = outside * keeps_outside + sum(each[:whole])
-    far = "cpu" if asked.source == asked.context.device.host else "disk"
-    where = device_map(modules, len(each), whole, _torch_device(asked), far, keeps_outside=keeps_outside)
     planned = asked.share * asked.context.total_bytes
-    knobs = asked.plan.policy.knobs
     differs = [f"whole layers: {whole} of {len(each)} stay, {'with' if keeps_outside else 'without'} embedding and "
                f"head: {size(kept)} where the plan keeps {size(planned)}, so that a token moves "
-               f"{size(asked.context.total_bytes - kept)} for {size(asked.context.total_bytes - planned)}",
-               "an offloaded layer comes one matrix at a time: a copy for each, the next begins when it was used"]
-    if model.architecture.experts:
-        differs.append("of an offloaded layer every expert is moved, also those a token does not use")
+               f"{size(asked.context.total_bytes - kept)} for {size(asked.context.total_bytes - planned)}"]
+    knobs = asked.plan.policy.knobs
     lost = []
     if knobs["prefetch_layers"]:
         lost.append(f"move {knobs['prefetch_layers']} layer(s) ahead of the compute")
+    if model.architecture.experts:
+        differs.append("of an offloaded layer every expert is moved, also those a token does not use")
+    return _offloaded(asked, modules, whole, keeps_outside, planned - kept, differs, lost,
+                      readers=f"keep {knobs['reader_threads']} reads in flight")
+
+
+def _layer_stream(asked: Asked) -> Emission:
+    """The same layers stay. What is outside them is copied too, unless the plan keeps that as well."""
+    knobs, n_layers = asked.plan.policy.knobs, asked.model.architecture.n_layers
+    given = int(one_value(knobs["resident_layers"]))
+    if given > n_layers:
+        return _resident(asked)
+    modules = modules_of(asked.model)
+    if modules is None:
+        return cannot(NAME, [])
+    if asked.weights not in _DTYPES:
+        return _cannot_stream(asked)
+    each = _layer_bytes(asked)
+    outside = asked.context.total_bytes - sum(each)
+    room = _room(asked)
+    whole = min(given, sum(total <= room for total in accumulate(each)))
+    differs = [f"embedding and head, {size(outside)}, are copied whole for every token too; the plan copies the head "
+               "and looks rows of the embedding up where it lies"]
+    if whole < given:
+        differs.insert(0, f"{whole} of {n_layers} layers stay where the plan keeps {given}: the largest module that is "
+                          f"brought in takes {size(_largest_bytes(asked, outside=True))} beside them")
+    lost = []
+    if int(one_value(knobs["buffers"])) > 1:
+        lost.append(f"copy a layer while another computes (buffers: {knobs['buffers']})")
+    return _offloaded(asked, modules, whole, False, sum(each[whole:given]), differs, lost,
+                      readers="read as many chunks at once as suits the storage")
+
+
+def _offloaded(asked: Asked, modules: Modules, whole: int, keeps_outside: bool, more_bytes: float, differs: list[str],
+               lost: list[str], *, readers: str) -> Emission:
+    """The map that keeps the first `whole` layers, with what is lost and different for any plan that streams layers.
+
+    more_bytes : held by the source of the weights beyond what is planned. [B]
+    readers : what the plan does in flight, should it read from storage.
+    """
+    far = "cpu" if asked.source == asked.context.device.host else "disk"
+    where = device_map(modules, asked.model.architecture.n_layers, whole, _torch_device(asked), far,
+                       keeps_outside=keeps_outside)
+    differs = [*differs, "an offloaded layer comes one matrix at a time: a copy for each, the next begins when it was "
+                         "used"]
+    if _torch_device(asked) not in where.values() and asked.agent != "cpu":
+        if len(modules.after) == 1:
+            return cannot(NAME, ["compute on the GPU with no module there: it takes the CPU then"],
+                          "a plan that keeps a layer")
+        where[modules.after[0]] = _torch_device(asked)
+        differs.append(f"{modules.after[0]} stays on the GPU: with nothing there accelerate would compute on the CPU")
     if far == "disk":
-        lost.append(f"keep {knobs['reader_threads']} reads in flight: one thread copies from a mapped file, as far "
-                    "ahead as the system reads")
+        lost.append(f"{readers}: one thread copies from a mapped file, as far ahead as the system reads")
         differs.append("the system keeps what it read in free host memory, beyond the plan's budget for it")
     elif asked.on_own_memory:
         lost.append("copy from pinned memory: offloaded weights are in ordinary host memory, and copies from there are "
                     "slower")
-    missing = asked.over_budget(asked.source, planned - kept) if far == "cpu" else 0.0
+    missing = asked.over_budget(asked.source, more_bytes) if far == "cpu" else 0.0
     if missing:
         return cannot(NAME, [f"fit: whole layers take {size(missing)} more of {asked.source} than the budget"])
     return _told(asked, where, differs, exact=False, lost=lost)
+
+
+def _cannot_stream(asked: Asked) -> Emission:
+    return cannot(NAME, [f"stream {asked.weights} weights: bitsandbytes expands modules on the cpu or disk to fp32, "
+                         "HQQ and quanto refuse them"], "plan with --weights fp16, which it can stream")
+
+
+def _layer_bytes(asked: Asked) -> list[float]:
+    """Weights of each layer. [B]"""
+    layers = asked.context.layers
+    return [layers.stored_bytes[kind] for kind in layers.kind]
+
+
+def _room(asked: Asked) -> float:
+    """Room for weights that stay, beside keys and values, activations and what is brought in. [B]"""
+    outside = asked.plan.policy.name == "layer-stream"
+    return (asked.plan.memory[asked.fast].budget_bytes - asked.context.kv_bytes - asked.context.working_bytes
+            - _largest_bytes(asked, outside=outside))
 
 
 def _flash_window(asked: Asked) -> Emission:
@@ -129,7 +189,7 @@ def _layer_split(asked: Asked) -> Emission:
 
 
 POLICIES: dict[str, Realise] = {"resident": _resident, "stream": _stream, "flash-window": _flash_window,
-                                "layer-split": _layer_split}
+                                "layer-split": _layer_split, "layer-stream": _layer_stream}
 """Policy -> what accelerate does with it."""
 
 
@@ -155,12 +215,17 @@ def _torch_device(asked: Asked) -> int | str:
     return "mps" if "Apple" in asked.context.device.title else 0
 
 
-def _largest_bytes(asked: Asked) -> float:
-    """The largest matrix that is brought in while others stay; fused ones of gated FFNs and experts as one. [B]"""
+def _largest_bytes(asked: Asked, *, outside: bool = False) -> float:
+    """The largest matrix that is brought in while others stay; fused ones of gated FFNs and experts as one. [B]
+
+    outside : embedding and head are brought in too.
+    """
     a, x = asked.model.architecture, asked.model.architecture.experts
     fused = (2 if a.gated else 1) * a.d_model
     params = max(a.d_ff * fused, a.d_model * a.n_heads * a.d_head, x.count * x.d_expert * fused if x else 0)
-    return params * asked.context.stored_bytes_per_param("attention" if a.n_heads else "state-space")[0]
+    largest = params * asked.context.stored_bytes_per_param("attention" if a.n_heads else "state-space")[0]
+    held = asked.context.group_bytes
+    return max(largest, held["embedding"], held.get("head", 0.0)) if outside else largest
 
 
 # --- precision ----------------------------------------------------------------------------------------------------

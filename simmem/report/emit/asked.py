@@ -119,7 +119,10 @@ def realised(engine: str, *, differs: list[str], cannot: list[str], exact: bool,
 
 def by_policy(engine: str, policies: Mapping[str, Realise], asked: Asked, lacks: list[str]) -> Emission:
     """What an engine makes of a plan, given what it lacks whatever the policy."""
-    name = asked.plan.policy.name
+    name, w = asked.plan.policy.name, asked.plan.workload
+    if w.mixed:
+        return cannot(engine, [*lacks, f"hold weights at {w.label}: the settings that simmem writes have one precision "
+                                       "for all matrices"])
     known = policies.get(name)
     if known is None:
         return cannot(engine, [*lacks, f"the policy {name}: simmem knows no settings that do the same"])

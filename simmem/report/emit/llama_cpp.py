@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import shlex
 
+import numpy as np
+
 from simmem.planner.document import Emission
-from simmem.policy.base import one_value
+from simmem.policy.base import Block, one_value, policy_named
 from simmem.report.emit.asked import Asked, Realise, by_policy, cannot, dropped_parts, realised, size
 from simmem.report.emit.ggml_formats import CACHE_TYPES, converts_as_is, gguf_bytes, is_plain, nearest_type
 from simmem.spec.ggml_types import GgmlType
@@ -34,6 +36,8 @@ ARCHITECTURES = {**_OWN, **{name: name for name in _SAME}}
 _AGAIN = "weights that were quantised are quantised again, which loses more than from the original"
 _CONTEXT_STEP = 256
 """llama.cpp rounds the context of a sequence up to this (llama-context.cpp, GGML_PAD). [tokens]"""
+_MASK_BYTES = 4 + 2
+"""Of a prompt's token and a place of its context (llama-graph.cpp; both are weighed in issue 23527). [B]"""
 
 
 def emit(asked: Asked) -> Emission:
@@ -114,13 +118,39 @@ def _flash_window(asked: Asked) -> Emission:
         "whole layers: all weights for each token but what the page cache kept" + asked.instead_of_this())
 
 
+def _layer_stream(asked: Asked) -> Emission:
+    given, n_layers = int(one_value(asked.plan.policy.knobs["resident_layers"])), asked.model.architecture.n_layers
+    if given > n_layers:
+        return _resident(asked)
+    return cannot(
+        NAME, [f"copy layers from {asked.source} to the GPU for every token: a layer that is not in {asked.fast} is "
+               "computed by the CPU, out of host memory (only prompts of 32 tokens or more are worth a copy to it)"],
+        f"the CPU computes the other {n_layers - given} layers: plan that with --policy layer-split")
+
+
 def _layer_split(asked: Asked) -> Emission:
-    n_layers, given = asked.model.architecture.n_layers, int(one_value(asked.plan.policy.knobs["gpu_layers"]))
+    n_layers, planned = asked.model.architecture.n_layers, int(one_value(asked.plan.policy.knobs["gpu_layers"]))
     kind, held = _weights(asked)
-    over = _split_over_budget(asked, sum(held.values()) / asked.context.total_bytes)
-    if over:
-        return cannot(NAME, over, "a plan for a smaller budget, which leaves room for it")
+    budget = {tier: use.budget_bytes for tier, use in asked.plan.memory.items()}
+    over: dict[int, tuple[float, str]] = {}
+    given = planned
+    while given >= 0:
+        used = _split_bytes(asked, held, given)
+        worst = max((used[tier] - budget[tier], tier) for tier in used)
+        if worst[0] <= 0:
+            break
+        over[given] = worst
+        given -= 1
+    if given < 0:
+        missing, tier = min(over.values())
+        return cannot(NAME, [f"fit: its formats take {size(missing)} more of {tier} than the budget, however many "
+                             "layers are on the GPU"], "a plan for a smaller budget, which leaves room for it")
     differs = []
+    if given < planned:
+        missing, tier = over[planned]
+        differs.append(f"{given} layers on the GPU where the plan has {planned}: in llama.cpp's formats and buffers, "
+                       f"output, keys and values included, {planned} would take {size(missing)} more of {tier} than "
+                       "the budget")
     if given <= n_layers:
         differs.append("the CPU uses as many threads as llama.cpp finds cores; --threads changes that")
     if _kv_bytes(asked) > asked.context.kv_bytes * 1.001:
@@ -129,21 +159,37 @@ def _layer_split(asked: Asked) -> Emission:
     placement = ["--n-gpu-layers", str(given), "--load-mode", "none"]
     if not given:  # with 0 layers alone the GPU would still take long prompts
         placement = ["--device", "none", *placement]
-    return _told(asked, kind, placement, differs=differs, exact=True)
+    return _told(asked, kind, placement, differs=differs, exact=given == planned)
 
 
-def _split_over_budget(asked: Asked, growth: float) -> list[str]:
-    """Which tiers llama.cpp's formats overfill, weights being `growth` times the plan's and contexts rounded up."""
-    found = []
-    kv_growth = _kv_bytes(asked) / asked.context.kv_bytes
-    for tier in asked.plan.memory:
-        here = [r for r in asked.plan.residency if r.tier == tier and tier != asked.context.device.storage]
-        kv = sum(r.bytes for r in here if r.tensors == "keys and values")
-        weights = sum(r.bytes for r in here if "layers" in r.tensors)
-        missing = asked.over_budget(tier, (growth - 1.0) * weights + (kv_growth - 1.0) * kv) if here else 0.0
-        if missing:
-            found.append(f"fit: its formats take {size(missing)} more of {tier} than the budget")
-    return found
+def _split_bytes(asked: Asked, held: dict[str, float], given: int) -> dict[str, float]:
+    """What llama.cpp holds in each tier with `given` layers on the GPU, one more than there are taking the output.
+
+    Weights, keys and values, activations, and what passes through while a prompt is read, as the plan counts them but
+    in llama.cpp's formats; and its attention mask.
+
+    held : bytes of each tensor group in the file. [B]
+    """
+    context, n_layers = asked.context, asked.model.architecture.n_layers
+    policy, own = policy_named("layer-split"), context.group_bytes
+    block = Block({"agent": asked.agent}, {"gpu_layers": np.array([given, min(given, n_layers)])})
+    placed = [policy.placements(context, block.only(np.array([i]))) for i in range(2)]
+    fast, host = asked.fast, context.device.host
+
+    def planned(tensors: str, tier: str, which: int = 0) -> float:
+        return sum(p.bytes for p in placed[which] if p.tensors.startswith(tensors) and p.tier == tier)
+
+    outside = {"embedding", "head"}
+    growth = (sum(n for group, n in held.items() if group not in outside)
+              / sum(n for group, n in own.items() if group not in outside))
+    output = held.get("head", held["embedding"]) if given > n_layers else 0.0
+    near = growth * planned("last", fast, 1) + output
+    # The input embedding is looked up in host memory: a tied one is there a second time.
+    far = sum(held.values()) - near + (output if asked.model.architecture.tied_head else 0.0)
+    near_kv = _kv_bytes(asked) * min(given, n_layers) / n_layers
+    working = context.working_bytes + _mask_bytes(asked)
+    return {fast: near + near_kv + growth * planned("weights passing", fast) + (working if given else 0.0),
+            host: far + _kv_bytes(asked) - near_kv + working}
 
 
 def _hot_cold(asked: Asked) -> Emission:
@@ -155,7 +201,7 @@ def _hot_cold(asked: Asked) -> Emission:
 
 
 POLICIES: dict[str, Realise] = {"resident": _resident, "stream": _stream, "flash-window": _flash_window,
-                                "layer-split": _layer_split, "hot-cold": _hot_cold}
+                                "layer-split": _layer_split, "layer-stream": _layer_stream, "hot-cold": _hot_cold}
 """Policy -> what llama.cpp does with it."""
 
 
@@ -183,12 +229,18 @@ def _kv_bytes(asked: Asked) -> float:
     return counted * CACHE_TYPES[kv].bytes_per_value / matrix_bytes_per_param(kv)
 
 
+def _mask_bytes(asked: Asked) -> float:
+    """The mask of attention that a prompt is read with, in fp32 and once more in fp16 for flash attention. [B]"""
+    w = asked.plan.workload
+    return _MASK_BYTES * w.batch * w.prompt_tokens * _context_tokens(asked)
+
+
 def _more_bytes(asked: Asked, held: dict[str, float]) -> tuple[list[str], list[str]]:
     """Where the bytes differ from the plan's, and where they no longer fit."""
     context, total = asked.context, sum(held.values())
     embedding, tied = held["embedding"], asked.model.architecture.tied_head
     fast, host, differs, over = asked.fast, context.device.host, [], []
-    more = {fast: total - context.total_bytes + _kv_bytes(asked) - context.kv_bytes}
+    more = {fast: total - context.total_bytes + _kv_bytes(asked) - context.kv_bytes + _mask_bytes(asked)}
     if asked.agent == "gpu":  # the input embedding is looked up by the CPU, from host memory
         if fast != host:
             more[fast] -= 0.0 if tied else embedding

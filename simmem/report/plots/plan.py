@@ -65,7 +65,7 @@ def plot_plan(path: Path, plan: Plan, question: Question) -> None:
     step = "token" if w.batch == 1 else f"step of {w.batch} tokens"
     with picture(path) as figure:
         heading(figure, f"{plain(question.model.name)} on {plain(question.device.name)}: {plan.policy.name}, "
-                        f"{w.weights} weights, {format_quantity(p.token_latency_s, 's')} a {step}",
+                        f"{w.label} weights, {format_quantity(p.token_latency_s, 's')} a {step}",
                 f"{plain(question.device.title, 50, prose=True)} · {w.prompt_tokens} prompt tokens, {w.new_tokens} "
                 f"new, batch {w.batch} · {plain(trace)} · {rests}")
         n_streams = len(_busy(timeline))
@@ -212,7 +212,7 @@ def _front(figure: Figure, axes: Axes, plan: Plan, device: Device) -> None:
                          label=f"budget, {format_quantity(budget, 'bytes')}")
     axes.set_xlim(0.0, right)
     show_units(axes.xaxis, f"Memory held in {' + '.join(plain(tier, 16) for tier in fast)}", "bytes", right)
-    axes.set_title(f"Instead: latency, with its 90 % interval, against memory; at the right, baselines at {w.weights}")
+    axes.set_title(f"Instead: latency, with its 90 % interval, against memory; at the right, baselines at {w.label}")
     axes.legend(loc="upper left", bbox_to_anchor=(0.0, -0.2), ncols=5)
     label_lines(figure, axes, heights)
 

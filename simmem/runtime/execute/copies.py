@@ -7,6 +7,7 @@ import threading
 import time
 from typing import TYPE_CHECKING, Any
 
+from simmem.runtime.cores import run_anywhere
 from simmem.runtime.execute.measured import Clock, Key
 from simmem.runtime.reader import Ticket
 
@@ -73,6 +74,7 @@ class Copier:
         self._thread.join()
 
     def _run(self) -> None:
+        run_anywhere()
         while (task := self._queue.get()) is not None:
             move, source, into = task
             try:

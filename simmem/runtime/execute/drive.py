@@ -8,8 +8,7 @@ in the same minutes.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,7 @@ from simmem.errors import MachineError
 from simmem.runtime.probe.scratch import open_file
 from simmem.runtime.probe.storage import read_seconds
 
-__all__ = ["DriveLooks", "Reads", "look", "settle"]
+__all__ = ["Reads", "plain_reads", "settle"]
 
 Reads = tuple[int, int]
 """Size of a read [B], and how many are in flight."""
@@ -29,30 +28,18 @@ _SETTLED_AFTER = 4
 _PAUSE_S = 0.5
 
 
-@dataclass
-class DriveLooks:
-    """Seconds per plain read, one list a look. [s]"""
-
-    seconds: dict[Reads, list[list[float]]] = field(default_factory=dict)
-
-    def per_look(self, read: Reads) -> list[float]:
-        """Median of each look. [s]"""
-        return [float(np.median(samples)) for samples in self.seconds[read]]
-
-
-def look(file: Path, reads: Iterable[Reads], into: DriveLooks) -> None:
-    """Time plain direct reads of each size and depth, some 0.2 s each, and add what came of it.
+def plain_reads(file: Path, read: Reads) -> list[float]:
+    """Seconds per plain direct read, some samples over 0.2 s. [s]
 
     Raises MachineError where the file cannot be read past the page cache.
     """
     with open_file(file) as opened:
         if opened.direct_fd is None:
             raise MachineError(f"cannot be read past the page cache: {opened.why_not_direct}", file=str(file))
-        for size, depth in reads:
-            try:
-                into.seconds.setdefault((size, depth), []).append(read_seconds(opened, size, depth))
-            except OSError as error:
-                raise MachineError(f"reading it failed: {error.strerror}", file=str(file)) from None
+        try:
+            return read_seconds(opened, *read)
+        except OSError as error:
+            raise MachineError(f"reading it failed: {error.strerror}", file=str(file)) from None
 
 
 def settle(file: Path, limit_s: float, said: Callable[[str], None] = lambda _: None) -> float:
@@ -61,12 +48,12 @@ def settle(file: Path, limit_s: float, said: Callable[[str], None] = lambda _: N
     Returns the seconds it took; at most about `limit_s`, and then says that they still differ. [s]
     """
     begun = time.monotonic()
-    seen = DriveLooks()
+    seen: list[float] = []
     while True:
         if file.stat().st_size < 2 * _SETTLING[0]:
             return 0.0
-        look(file, [_SETTLING], seen)
-        last = seen.per_look(_SETTLING)[-_SETTLED_AFTER:]
+        seen.append(float(np.median(plain_reads(file, _SETTLING))))
+        last = seen[-_SETTLED_AFTER:]
         took = time.monotonic() - begun
         if len(last) == _SETTLED_AFTER and max(last) <= (1 + _SETTLED_WITHIN) * min(last):
             return took

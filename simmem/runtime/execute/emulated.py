@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 
 from simmem.cost.roofline import storage_seconds_per_request
 from simmem.errors import MachineError
+from simmem.runtime.cores import run_anywhere
 from simmem.runtime.reader import Reads, Ticket, page_buffer
 from simmem.spec.device import Link
 from simmem.units import format_quantity
@@ -101,6 +102,7 @@ class EmulatedStore:
         self.close()
 
     def _run(self) -> None:
+        run_anywhere()
         while (task := self._queue.get()) is not None:
             ticket, handed_in = task
             problem: BaseException | None = None

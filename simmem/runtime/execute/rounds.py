@@ -22,8 +22,16 @@ from simmem.runtime.execute.task import Task
 from simmem.runtime.execute.weights import RandomWeights, Source, is_written, weight_file
 from simmem.units import format_quantity
 
-__all__ = ["LEAST_ROUNDS", "NO_TIME", "Repeats", "Rounds", "run_rounds", "write_files",
-           "write_random"]
+__all__ = [
+    "LEAST_ROUNDS",
+    "NO_TIME",
+    "Condition",
+    "Repeats",
+    "Rounds",
+    "run_rounds",
+    "write_files",
+    "write_random",
+]
 
 Condition = bool | int | float | str
 LEAST_ROUNDS = 3
@@ -55,6 +63,8 @@ class Rounds:
     """Plans that may be dropped after the first round, where it took longer than the time allows; () for none."""
     before: Callable[[int], None] = lambda _: None
     """Called with the number of a round that begins."""
+    beside: Callable[[int], None] = lambda _: None
+    """Called with the place of a plan right before and right after it is run."""
     after: Callable[[Sequence[Repeats]], None] = lambda _: None
     """Called after each round with what there is."""
 
@@ -127,9 +137,11 @@ def run_rounds(tasks: Sequence[tuple[Task, How]], rounds: Rounds) -> list[Repeat
                 continue
             plan_begun = time.monotonic()
             try:
+                rounds.beside(index)
                 with open_session(*tasks[index]) as session:
                     mine.runs.append(session.run())
                     mine.conditions |= session.conditions()
+                rounds.beside(index)
             except MachineError as error:
                 mine.stopped = str(error)
             mine.conditions[f"load_round_{number + 1}"] = load

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from simmem.errors import MachineError, SpecError
 from simmem.policy.layers import STREAM_CHUNK_BYTES
+from simmem.runtime.cores import keeps_a_core
 from simmem.runtime.execute.emulated import EmulatedStore
 from simmem.runtime.execute.engine import Counted, Engine
 from simmem.runtime.execute.kernels import NORM_EPSILON, Decoder, rotary_tables
@@ -116,6 +117,7 @@ class Session:
 
         found: dict[str, bool | int | float | str] = {
             "torch": torch.__version__, "compute": str(self.device), "threads": torch.get_num_threads(),
+            "bound": keeps_a_core(),
             "checked": self.how.check}
         if self.device.type == "cuda":
             found["gpu"] = torch.cuda.get_device_name(self.device)

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
+from simmem.runtime.cores import run_anywhere
 from simmem.runtime.probe.base import NotHereError
 
 __all__ = ["Agent", "Cpu", "Cuda", "Undisturbed", "fp32_products", "torch_threads"]
@@ -74,7 +75,7 @@ class Cpu(Agent):
             with torch.inference_mode(mode):  # each thread has its own
                 other()
 
-        with ThreadPoolExecutor(1) as queue:
+        with ThreadPoolExecutor(1, initializer=run_anywhere) as queue:
             queue.submit(int).result()  # the thread exists
             begin = time.perf_counter()
             second = queue.submit(there)

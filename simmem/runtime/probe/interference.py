@@ -18,6 +18,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from simmem.runtime.cores import run_anywhere
 from simmem.runtime.probe.agents import torch_threads
 from simmem.runtime.probe.base import ALWAYS, Case, Run, Setting
 from simmem.runtime.probe.load import Load
@@ -91,6 +92,7 @@ class Background:
             raise self._failure
 
     def _loop(self, i: int, work: Work) -> None:
+        run_anywhere()
         try:
             with work() as once:
                 while not self._stop.is_set():

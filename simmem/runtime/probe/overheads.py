@@ -10,6 +10,7 @@ import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+from simmem.runtime.cores import run_anywhere
 from simmem.runtime.probe.base import ALWAYS, Case, Run, Setting
 from simmem.runtime.probe.watched import watched
 from simmem.spec.measurement import Condition
@@ -68,6 +69,7 @@ def _there_and_back() -> Iterator[Run]:
     back: queue.SimpleQueue[int] = queue.SimpleQueue()
 
     def answer() -> None:
+        run_anywhere()
         while (got := there.get()) is not None:
             back.put(got)
 

@@ -19,6 +19,7 @@ from contextlib import AbstractContextManager, contextmanager
 import numpy as np
 from numpy.typing import NDArray
 
+from simmem.runtime.cores import run_anywhere
 from simmem.runtime.probe.base import ALWAYS, Case, NotHereError, Run
 from simmem.runtime.probe.scratch import BLOCK_BYTES, Scratch
 from simmem.runtime.reader import HUGE_PAGE_BYTES, Reader, page_buffer, reads
@@ -174,6 +175,7 @@ def _stream(scratch: Scratch, how: str, pattern: str, size: int, depth: int, sam
 
     def work(buffer: NDArray[np.uint8]) -> None:
         nonlocal position
+        run_anywhere()
         into = [buffer.data[:size]]
         now, read, done, stopped = time.perf_counter, os.preadv, finished.append, stop.is_set
         try:

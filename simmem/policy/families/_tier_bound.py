@@ -1,0 +1,124 @@
+"""What is the least that a step or a prompt can take under the percentages of `tier-percent`?
+
+Every row is a time that no schedule of `_tier_schedule` beats, at full rates and without latencies: how long a stream
+is busy, or one way through the schedule along which one op waits for the other. All are linear in the shares, so that
+the linear programme that places by them gives a bound for every other placement.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+from numpy.typing import NDArray
+
+from simmem.policy.context import Context
+from simmem.policy.families._tier_bytes import Layout
+from simmem.policy.families._tier_schedule import IN_SERIES, tier_schedule
+from simmem.schedule import DRAFT, DemandClass, OpKind, Phase, Schedule
+from simmem.spec.device import Agent
+
+__all__ = ["least_rows"]
+
+Array = NDArray[np.float64]
+
+
+def least_rows(context: Context, at: Layout, phase: Phase) -> list[Array]:
+    """Times that a step or a prompt at a layout does not beat, each (n,). [s]"""
+    schedule = tier_schedule(context, at, phase, 1)
+    seconds = _class_seconds(context, schedule)
+    ops = np.flatnonzero(schedule.timed)
+    took, place = seconds[schedule.op_class[ops]], schedule.op_layer[ops]
+    names = [what.name for what in schedule.classes]
+    # The GPU's part of attention runs beside the CPU's, everything else that computes one after another.
+    beside = [what.name == "attention" and what.agent == at.gpu for what in schedule.classes]
+    waited = [(what.agent is not None and not aside) or what.name.startswith(IN_SERIES)
+              for what, aside in zip(schedule.classes, beside, strict=True)]
+    n_stages = context.model.architecture.n_layers + 1
+
+    def by_stage(mine: NDArray[np.bool_]) -> Array:
+        found = np.zeros((n_stages, seconds.shape[1]))
+        np.add.at(found, place[mine], took[mine])
+        return found
+
+    of_weights = np.array([name.startswith("weights.") for name in names])[schedule.op_class[ops]]
+    done = by_stage(np.array(waited)[schedule.op_class[ops]])
+    streams = range(len(schedule.streams))
+    rows = [took[schedule.op_stream[ops] == stream].sum(axis=0) for stream in streams]
+    brought = [by_stage(of_weights & (schedule.op_stream[ops] == stream)) for stream in streams]
+    ends = np.array([what.kind in (OpKind.SYNC, OpKind.DRAFT) for what in schedule.classes])[schedule.op_class[ops]]
+    rows += [done.sum(axis=0), *_ways_through(done, took[ends].sum(axis=0), [b for b in brought if b.any()], phase)]
+    return list(np.unique(np.array(rows), axis=0))
+
+
+def _ways_through(done: Array, after: Array, brought: list[Array], phase: Phase) -> list[Array]:
+    """Ways through a step or prompt along which stages wait for their weights, each (n,). [s]
+
+    Weights have two buffers: a stage's are asked for when the stage two before it is done.
+
+    done : (n_stages, n) what a stage does one after another. [s]
+    after : (n,) what of that follows the head of a step: its fixed cost and a draft. [s]
+    brought : per link, (n_stages, n) what its weights take over it. [s]
+    """
+    arrival = sum(brought, np.zeros_like(done))
+    if phase is Phase.PREFILL:  # nothing has come before
+        return [done.sum(axis=0) + arrival[0]]
+    # A step lasts from the end of the one before to its own. One of its stages waits for its weights, meanwhile only
+    # the stage before it is done; the second one's are on their way when the step before has its head done.
+    rows = list(done.sum(axis=0) - done[:-1] + arrival[1:])
+    rows[0] = rows[0] - after
+    # Every other stage waits for its weights.
+    every = np.arange(len(done) - 1, 0, -2)
+    rows.append((done + arrival)[every].sum(axis=0) + (done[0] if len(done) % 2 else -after))
+    # A link brings the weights of one stage after the other, from the second one's on, which the head's end makes room
+    # for, to the head's.
+    return [*rows, *(each[1:].sum(axis=0) + done[-1] - after for each in brought)]
+
+
+def _class_seconds(context: Context, schedule: Schedule) -> Array:
+    """Least seconds of each class, (n_classes, n): at achieved rates, or at full ones without constants where a fitted
+    model times each shape. [s]"""
+    seconds, device = np.zeros_like(schedule.flop), context.device
+    fitted = device.cost_model is not None
+    for k, what in enumerate(schedule.classes):
+        if what.link is not None:
+            seconds[k] = schedule.bytes[f"link.{what.link}"][k] / device.link[what.link].rate.value
+            continue
+        name = str(what.agent)
+        agent = device.agent[name]
+        precision = agent.computes_as(what.precision)
+        rate, peak = agent.rate.value, agent.flop_per_s[precision].value if precision else math.inf
+        if what.rate == "attention" and agent.attention_rate is not None:
+            rate = agent.attention_rate.value
+        elif not fitted:
+            rate *= agent.rate_share.value
+        if not fitted:
+            peak *= agent.flop_share.value
+        moved = schedule.bytes.get(f"memory.{agent.memory}", seconds)[k] * _uncached(schedule, name, agent, rate)
+        seconds[k] = np.maximum(schedule.flop[k] / peak, moved / rate)
+        if not fitted:
+            seconds[k] += schedule.requests[k] * _constant_s(what, agent, precision)
+    return seconds
+
+
+def _constant_s(what: DemandClass, agent: Agent, precision: str | None) -> float:
+    """What a kernel of a class takes at least beside its bytes and its arithmetic. [s]"""
+    if what.kind is OpKind.SYNC and agent.step_overhead is not None:
+        return agent.step_overhead.value
+    if what.launch == "graph" and agent.graph_overhead is not None:
+        return agent.graph_overhead.value
+    does = what.name.removeprefix(DRAFT)
+    kernel = f"{'attention' if does == 'projections' else does}-{precision}"
+    return agent.kernel_overhead.get(kernel, agent.op_overhead).value
+
+
+def _uncached(schedule: Schedule, name: str, agent: Agent, rate: float) -> float:
+    """Least share of an agent's bytes that cost as much as from memory: of a step at most a cache full comes faster."""
+    moved = schedule.bytes.get(f"memory.{agent.memory}")
+    if agent.cache is None or agent.cache_rate is None or agent.cache_rate.value <= rate or moved is None:
+        return 1.0
+    uses = np.bincount(schedule.op_class[schedule.timed], minlength=len(schedule.classes))
+    mine = np.array([what.agent == name for what in schedule.classes])
+    looped = float(((uses * mine) @ moved).min())
+    saved = min(agent.cache.value / max(looped, 1e-300), 1.0)
+    return 1.0 - saved * (1.0 - rate / agent.cache_rate.value)
