@@ -73,6 +73,8 @@ class Controls:
         Medians over the rounds; of a streaming plan the last compares bytes over the time that its reads took.
         """
         task, n = self._tasks[index], len(repeats.runs)
+        if not self.product_s[index]:
+            return {}
         found: dict[str, Condition] = {
             "products_over_calibrated": float(np.median(self._products(index)[:n]))}
         drive, read = self._drive(index), self._reads[index]
@@ -86,8 +88,11 @@ class Controls:
                     found["rate_over_plain_reads"] = float(np.median(moved / flash / plain))
         return found
 
-    def error(self, index: int, predicted_s: float, repeats: Repeats) -> float:
-        """Predicted over measured less one, for the machine that the controls found; the median over the rounds."""
+    def error(self, index: int, predicted_s: float, repeats: Repeats) -> float | None:
+        """Predicted over measured less one, for the machine that the controls found; the median over the rounds. None
+        where none were timed."""
+        if not self.product_s[index]:
+            return None
         task = self._tasks[index]
         candidate = task.candidate
         agent, link = str(candidate.block.structural["agent"]), candidate.context.storage_link[0]

@@ -20,14 +20,15 @@ def print_validation(found: Validation) -> None:
                        f"in {found.took_s:.0f} s; predictions written first, sha256 {found.predictions_sha256[:12]}…",
                        style="bold"))
     for verdict in found.cells:
-        table = new_table("plan", "predicted", "90 % interval", "measured", "noise", "error", "beside controls",
-                          "status")
+        table = new_table("plan", "predicted", "measured", "in 90 %", "noise", "error", "controls", "status")
         for row in (r for r in found.rows if r.cell == verdict.cell):
             name = row.id.removeprefix(f"{verdict.cell}/")
             table.add_row(
                 f"{name} (chosen)" if row.chosen and name != "chosen" else name, _s(row.predicted_s),
-                f"{_s(row.interval_s[0])} to {_s(row.interval_s[1])}", _s(row.measured_s.median),
-                _percent(row.noise_floor), f"{100 * row.error:+.1f} %", "-" if row.error_beside is None else f"{100 * row.error_beside:+.1f} %",
+                _s(row.measured_s.median),
+                "yes" if row.interval_s[0] <= row.measured_s.median <= row.interval_s[1] else "no",
+                _percent(row.noise_floor), f"{100 * row.error:+.1f} %",
+                "-" if row.error_beside is None else f"{100 * row.error_beside:+.1f} %",
                 Text(row.status, style=STYLES[row.status]))
         tau = "no pair to rank" if verdict.kendall_tau is None else f"tau-b {verdict.kendall_tau:.2f}"
         lost = "" if verdict.regret is None else f", regret {100 * verdict.regret:.1f} %"
