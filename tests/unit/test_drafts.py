@@ -16,6 +16,8 @@ from simmem.planner.candidate import Candidate, blocks
 from simmem.planner.document import Plan
 from simmem.planner.predict import token_seconds
 from simmem.planner.question import DRAFT_LENGTHS, ask
+from simmem.planner.ranking import objective_value, search
+from simmem.planner.rates import most_tokens_per_s
 from simmem.policy.base import policy_named
 from simmem.policy.drafting import drafted
 from simmem.spec.device import Agent, load_device
@@ -128,6 +130,22 @@ def test_the_best_length_is_searched_and_said() -> None:
     assert felt.token_latency_change == pytest.approx(found.workload.tokens_per_step / more.tokens_per_step - 1)
     without = plan(**{**QUESTION, "draft": None})
     assert held[0] == without.predicted.token_latency_s > 2 * min(held)
+
+
+def test_what_a_step_yields_counts_once_in_tokens_a_second() -> None:
+    asked = {**QUESTION, "objective": "throughput", "batch": 4}
+    found, held = plan(**asked, acceptance=0.8, knobs={"draft_length": 3}), {"acceptance": 0.8, "draft_length": 3}
+    p, n = found.predicted, found.workload.new_tokens
+    tokens = 1 + 0.8 + 0.8**2 + 0.8**3
+    assert found.workload.tokens_per_step == pytest.approx(tokens, rel=1e-12)
+    assert p.tokens_per_s == pytest.approx(4 * n / (p.first_token_s + (n - 1) * p.token_latency_s), rel=1e-12)
+    (felt,) = [s for s in found.sensitivity if s.figure == "acceptance"]
+    later = (n - 1) * p.token_latency_s * tokens / (1 + 0.88 + 0.88**2 + 0.88**3)
+    assert felt.tokens_per_s_change == pytest.approx(4 * n / (p.first_token_s + later) / p.tokens_per_s - 1, rel=1e-6)
+    question = ask(**asked, **held)
+    (candidates,) = [search(question, precision).ranked for precision in question.precisions]
+    best = min(value[0] for c in candidates if (value := objective_value(c, "throughput")))
+    assert most_tokens_per_s(question) == pytest.approx(1 / best, rel=1e-9)
 
 
 @pytest.mark.parametrize("objective", ["latency", "throughput"])
