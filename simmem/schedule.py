@@ -24,9 +24,11 @@ from typing import Literal
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["DemandClass", "Durations", "OpKind", "Phase", "Products", "Schedule", "ScheduleBuilder"]
+__all__ = ["DRAFT", "DemandClass", "Durations", "OpKind", "Phase", "Products", "Schedule", "ScheduleBuilder"]
 
 Array = NDArray[np.float64]
+DRAFT = "draft "
+"""What the name of a class begins with that does the same for a draft model."""
 Launch = Literal["stream", "graph"]
 """Kernels are launched one by one, or recorded once and launched together (CUDA graphs)."""
 
@@ -40,6 +42,7 @@ class OpKind(StrEnum):
     COMPUTE = "compute"
     PREDICTOR = "predictor"
     SYNC = "sync"
+    DRAFT = "draft"
 
 
 class Phase(StrEnum):

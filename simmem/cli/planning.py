@@ -46,6 +46,10 @@ def plan(
         "--set", help="Hold a knob: KNOB=VALUE, bytes as in 10GB; repeatable.")] = None,
     objective: Annotated[str, typer.Option(help="latency, throughput, energy or memory.")] = "latency",
     engine: Annotated[str | None, typer.Option(help="Use what a named software stack achieves, where known.")] = None,
+    draft: Annotated[str | None, typer.Option(
+        help="A small model, named as --model, that drafts tokens for each step to verify; --set draft_length=N holds "
+             "how many.")] = None,
+    acceptance: Annotated[float | None, typer.Option(help="Share of drafted tokens that are accepted, 0 to 1.")] = None,
     max_quality_loss: Annotated[float | None, typer.Option(
         help="Largest rise of perplexity, e.g. 0.05; leaves out what nobody measured.")] = None,
     emit: Annotated[str | None, typer.Option(help="llama.cpp or accelerate: what makes it do the plan.")] = None,
@@ -55,15 +59,18 @@ def plan(
 ) -> None:
     """Find the best policy for a model on a device, and say what to expect of it."""
     from simmem.planner.api import answer
-    from simmem.planner.batches import at_batch
+    from simmem.planner.drafts import at_draft, searches_lengths
     from simmem.planner.question import Question, ask
 
-    def at(sequences: int) -> Question:
-        return ask(device, model, dram=dram, vram=vram, prompt=prompt, new_tokens=new_tokens, batch=sequences,
-                   weights=weights, kv=kv, trace=trace, policy=policy or None, knobs=_settings(settings),
-                   objective=objective, engine=engine, max_quality_loss=max_quality_loss)
+    knobs = _settings(settings)
 
-    question = at_batch(at, batch, objective)
+    def at(sequences: int, length: int | None) -> Question:
+        return ask(device, model, dram=dram, vram=vram, prompt=prompt, new_tokens=new_tokens, batch=sequences,
+                   weights=weights, kv=kv, trace=trace, policy=policy or None, knobs=knobs,
+                   objective=objective, engine=engine, max_quality_loss=max_quality_loss, draft=draft,
+                   acceptance=acceptance, draft_length=length)
+
+    question = at_draft(at, batch, objective, searched=searches_lengths(draft, knobs))
     if engine is not None:
         question.device.check_engine(engine)
     if emit is not None:
@@ -73,11 +80,11 @@ def plan(
     if out is not None:
         from simmem.report.files import check_writable, write_text
 
-        check_writable(out, inputs=(device, model, trace))
+        check_writable(out, inputs=(device, model, draft, trace))
     if plot is not None:
         from simmem.report.plots.style import check_plot
 
-        check_plot(plot, inputs=(device, model, trace))
+        check_plot(plot, inputs=(device, model, draft, trace))
         if out is not None and out.resolve() == plot.resolve():
             raise SpecError("is also where --out goes; write to another file", file=str(plot), key="--plot")
     found = answer(question)

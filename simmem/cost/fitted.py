@@ -147,7 +147,7 @@ def class_group(model: FittedCost, what: DemandClass, agent: Agent) -> Group | N
 
     Weights of a plan come from memory, not from a cache, and all threads that were measured work on them.
     """
-    if what.kind in (OpKind.COMPUTE, OpKind.PREDICTOR):
+    if what.kind in (OpKind.COMPUTE, OpKind.PREDICTOR, OpKind.DRAFT):
         batch = what.products.batch if what.products else 1.0
         kind, dtype = "gemm" if batch > 1 else "gemv", agent.compute_precision or what.precision
     elif what.kind is OpKind.MEMORY:

@@ -56,7 +56,7 @@ def keeper(device: Device, agent: str) -> str:
 def class_phase(device: Device, what: DemandClass) -> PhaseFactor | None:
     """The factor that corrects a class of ops; None where runs said nothing of it."""
     model = device.cost_model
-    if model is None or not model.phases:
+    if model is None or not model.phases or what.kind is OpKind.DRAFT:  # no run had a draft model
         return None
     name = phase_of(what)
     if name in _MULTIPLIES and what.products is not None and what.products.batch > 1:

@@ -30,7 +30,7 @@ from simmem.cost.occupancy import cached_rate, wave_factor, working_set
 from simmem.cost.phases import class_phase, drawn_factor
 from simmem.cost.surface import Regime, read_seconds
 from simmem.errors import SpecError
-from simmem.schedule import DemandClass, Durations, OpKind, Schedule
+from simmem.schedule import DRAFT, DemandClass, Durations, OpKind, Schedule
 from simmem.spec.costmodel import Group
 from simmem.spec.device import Agent, Device, Link
 
@@ -89,8 +89,9 @@ def _compute_s(schedule: Schedule, index: Index, what: DemandClass, device: Devi
     # A sync op is the fixed cost of a step; every other op pays its kernels.
     constant = "step_overhead" if what.kind is OpKind.SYNC and agent.step_overhead else "op_overhead"
     overhead = getattr(agent, constant).value * _factor(factors, f"agent.{name}.{constant}")
-    # What was measured of attention holds for its products without the context too.
-    kernel = f"{'attention' if what.name == 'projections' else what.name}-{agent.computes_as(what.precision)}"
+    # What was measured of attention holds for its products without the context too, and for a draft model's.
+    does = what.name.removeprefix(DRAFT)
+    kernel = f"{'attention' if does == 'projections' else does}-{agent.computes_as(what.precision)}"
     measured = agent.kernel_overhead.get(kernel)
     if what.launch == "graph" and agent.graph_overhead is not None and what.kind is not OpKind.SYNC:
         overhead = agent.graph_overhead.value * _factor(factors, f"agent.{name}.graph_overhead")

@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.errors import InfeasiblePlanError, SpecError
-from simmem.planner.batches import TOLERANCE, at_batch
+from simmem.planner.batches import TOLERANCE
 from simmem.planner.bound import lower_bound
 from simmem.planner.candidate import Candidate, blocks, capacity_cut, score, stratified_rows
 from simmem.planner.document import (
@@ -26,6 +26,7 @@ from simmem.planner.document import (
     WorkloadRef,
     measured_here,
 )
+from simmem.planner.drafts import at_draft, searches_lengths, tried_in_words
 from simmem.planner.explain import rate_digits, rate_words, reasons
 from simmem.planner.fitted import fitted_use
 from simmem.planner.predict import (
@@ -83,6 +84,8 @@ def plan(
     objective: str = "latency",
     engine: str | None = None,
     max_quality_loss: float | None = None,
+    draft: str | None = None,
+    acceptance: float | None = None,
 ) -> Plan:
     """The best policy for a model on a device, and what to expect of it.
 
@@ -95,6 +98,8 @@ def plan(
     weights : one precision, or one for each of some tensor groups; None searches the native one, int8 and int4.
     policy, knobs : restrict the search to policies, and hold knobs at a value.
     max_quality_loss : leave out plans that raise perplexity by more than this share, or by what nobody measured.
+    draft, acceptance : a small model that proposes tokens for each step to verify, and the share of them that is
+        accepted; the knob `draft_length` says how many, and is searched where it is not named.
 
     Raises
     ------
@@ -103,12 +108,13 @@ def plan(
     InfeasiblePlanError
         Nothing fits; names the binding tier and the missing bytes.
     """
-    def at(sequences: int) -> Question:
+    def at(sequences: int, length: int | None) -> Question:
         return ask(device, model, dram=dram, vram=vram, prompt=prompt, new_tokens=new_tokens, batch=sequences,
                    weights=weights, kv=kv, trace=trace, policy=policy, knobs=knobs, objective=objective,
-                   engine=engine, max_quality_loss=max_quality_loss)
+                   engine=engine, max_quality_loss=max_quality_loss, draft=draft, acceptance=acceptance,
+                   draft_length=length)
 
-    question = at_batch(at, batch, objective)
+    question = at_draft(at, batch, objective, searched=searches_lengths(draft, knobs))
     if engine is not None:
         question.device.check_engine(engine)
     return answer(question)
@@ -152,8 +158,9 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
                               predicted=predicted, memory=memory_use(best), quality=quality_of(best))
     result = Plan(
         device=question.device_name, model=question.model_name,
-        workload=WorkloadRef(**{k: getattr(context.workload, k) for k in WorkloadRef.model_fields if k != "mixed"},
-                             mixed=dict(context.workload.mixed)),
+        workload=WorkloadRef(**{k: getattr(context.workload, k) for k in WorkloadRef.model_fields
+                                if k not in ("mixed", "draft")},
+                             mixed=dict(context.workload.mixed), draft=question.draft_name),
         trace=_trace(context),
         feasible=True, policy=PolicyChoice(name=best.policy.name, knobs=best.knobs),
         residency=[Residency(tensors=p.tensors, tier=p.tier, bytes=p.bytes)
@@ -173,8 +180,8 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
             placement_gap=placement_gap(best, predicted, report, question.objective),
             measured=measured_here(question.device)),
         fit=_fit(question, agent), objective=question.objective, engine=question.engine, why=[])
-    notes = [*fitted.notes, *_batches(question), *report["notes"], *_shares(result, report), *_curve(best),
-             *_set_aside(question, same, best), *_too_lossy(question, found, best)]
+    notes = [*fitted.notes, *_batches(question), *tried_in_words(question), *report["notes"], *_shares(result, report),
+             *_curve(best), *_set_aside(question, same, best), *_too_lossy(question, found, best)]
     return result.model_copy(update={"why": reasons(result, question.device, notes)})
 
 
@@ -314,10 +321,11 @@ def _baselines(question: Question, same: Found, best: Candidate, latency_s: floa
 
 
 def _naive(question: Question, weights: str, agent: str) -> Candidate | None:
-    """The plan that reads the whole model for each token, nothing resident; None where nothing is left for it."""
+    """The plan that reads the whole model for each token, nothing resident and nothing drafted; None where nothing is
+    left for it."""
     fixed = {"agent": agent, "source_tier": "storage", "resident_ratio": 0.0, "prefetch_layers": 0,
              "reader_threads": 32}
-    context = question.context(weights)
+    context = replace(question, workload=replace(question.workload, draft=None)).context(weights)
     if agent not in context.able_agents:
         return None
     policy = policy_named("stream")
@@ -332,6 +340,8 @@ def _fit(question: Question, agent: str) -> Fit:
     context = question.context(native)
     tier = context.memory_of(agent)
     needed = context.total_bytes + context.kv_bytes + context.working_bytes
+    if context.drafting is not None:
+        needed += context.drafting.total_bytes + context.drafting.kv_bytes
     budget, naive = context.budget_bytes[tier], _naive(question, native, agent)
     return Fit(weights=native, tier=tier, needed_bytes=needed, budget_bytes=budget,
                missing_bytes=max(needed - budget, 0.0),
@@ -376,6 +386,11 @@ def _sensitivities(question: Question, best: Candidate, rows: NDArray[np.int64])
         one = changed(key, SENSITIVITY_CHANGE, steps.get(key, base), prompts.get(key, first))
         if max(abs(one.token_latency_change), abs(one.tokens_per_s_change or 0.0)) >= 1e-4:
             found.append(one)
+    draft = context.workload.draft
+    if draft is not None and draft.length and draft.acceptance:
+        more = replace(draft, acceptance=min(draft.acceptance * factor, 1.0))
+        found.append(changed("acceptance", more.acceptance / draft.acceptance - 1.0,
+                             base * draft.tokens_per_step / more.tokens_per_step, first))
     for name, (_, at_high) in law_factors(best).items():
         replayed = best.context.replayed
         assert replayed is not None

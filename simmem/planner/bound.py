@@ -3,8 +3,8 @@
 Whatever lives where, a decode step multiplies attention, head and the active FFN units at no more
 than the achieved rates of all agents together (the full ones where a fitted model tells what each shape
 achieves), and reads from storage what all memories together cannot hold of them. Constants per op are left
-out. Where the trace holds what predictors asked for, the least of them counts: one that misses units leaves
-work out.
+out. A step with a draft model has that model's passes too, and yields several tokens. Where the trace holds what
+predictors asked for, the least of them counts: one that misses units leaves work out.
 """
 
 from __future__ import annotations
@@ -15,19 +15,21 @@ from simmem.cost.roofline import arithmetic_peak, sure_shares
 from simmem.planner.document import Bound
 from simmem.policy.context import Context
 from simmem.policy.layer_kinds import ffn_work, touched_experts
+from simmem.policy.ops import Ops
 from simmem.spec.device import Agent
 
 __all__ = ["agent_bound", "agents_bound", "lower_bound"]
 
 
 def _used(context: Context, *, any_token: bool = False) -> tuple[float, dict[str, float]]:
-    """Matrix parameters multiplied in a decode step (each as often as tokens use it), and those read, by group.
+    """Matrix parameters multiplied in a decode step (each as often as tokens use it), and those read, by group; the
+    draft model's apart.
 
     Mean activity of the trace (or of what one of its predictors asked for, where that is less), or that of the least
-    active token. Experts are read once for all the sequences that chose them: as many as the step of drawn routing that
-    takes fewest, or, where a trace of the routing is there, no more than one sequence needs.
+    active token. Experts are read once for all the tokens that chose them: as many as the step of drawn routing that
+    takes fewest, or, where a trace of the routing is there, no more than one token needs.
     """
-    model, batch = context.model, context.workload.batch
+    model, batch = context.model, context.workload.step_tokens
     active, x = 1.0, context.model.architecture.experts
     skewed = 1.0
     if x is not None and batch > 1:
@@ -57,7 +59,20 @@ def _rate(context: Context, agent: Agent) -> float:
 
 def _peak(context: Context, agent: Agent, name: str) -> tuple[str, float]:
     """Key and value of the fastest arithmetic for any of the weights. [FLOP/s]"""
-    return max((arithmetic_peak(agent, name, p) for p in context.workload.precisions), key=lambda found: found[1])
+    drafting = context.drafting.workload.precisions if context.drafting else ()
+    return max((arithmetic_peak(agent, name, p) for p in (*context.workload.precisions, *drafting)),
+               key=lambda found: found[1])
+
+
+def _drafted(context: Context, name: str) -> tuple[float, float]:
+    """Arithmetic and bytes of what a draft model does for a step on an agent; 0 where there is none. [flop, B]"""
+    ops, last = Ops(context, 1, agents=(name,)), None
+    for what in ops.draft(name):
+        last = ops.op(what)
+    if last is None:
+        return 0.0, 0.0
+    step = ops.build(last)
+    return float(step.flop.sum()), float(step.bytes[f"memory.{context.memory_of(name)}"].sum())
 
 
 def _saved_bytes(context: Context, agent: Agent) -> float:
@@ -72,12 +87,13 @@ def agent_bound(context: Context, name: str, *, any_token: bool = False) -> Boun
     agent = context.device.agent[name]
     multiplied, read = _used(context, any_token=any_token)
     n_bytes = sum(params * context.read_bytes_per_param(name, group)[0] for group, params in read.items())
-    n_bytes += context.attention_active_share * context.decode_kv_bytes - _saved_bytes(context, agent)
+    draft_flop, draft_bytes = _drafted(context, name)
+    n_bytes += context.attention_active_share * context.decode_kv_bytes + draft_bytes - _saved_bytes(context, agent)
     moving, flop_share = max(n_bytes, 0.0) / _rate(context, agent), sure_shares(context.device, agent)[1]
     key, peak = _peak(context, agent, name)
-    arithmetic = 2.0 * multiplied / (peak * flop_share)
+    arithmetic = (2.0 * multiplied + draft_flop) / (peak * flop_share)
     seconds, resource = max((moving, f"agent.{name}.rate"), (arithmetic, key))
-    return Bound(token_latency_s=seconds, resource=resource)
+    return Bound(token_latency_s=seconds / context.workload.tokens_per_step, resource=resource)
 
 
 def lower_bound(context: Context) -> Bound:
@@ -99,6 +115,8 @@ def _together(context: Context, names: Sequence[str], *, any_token: bool) -> Bou
     n_bytes = context.attention_active_share * context.decode_kv_bytes + min(
         sum(params * context.read_bytes_per_param(name, group)[0] for group, params in read.items())
         for name in agents)
+    drafted = [_drafted(context, name) for name in agents]
+    n_bytes += min(moved for _, moved in drafted)
     together, flop_per_s = 0.0, 0.0
     # Of what an agent goes through, at most a cache full comes at the cache's rate: so much it has for nothing.
     saved = sum(_saved_bytes(context, a) for a in agents.values())
@@ -113,6 +131,6 @@ def _together(context: Context, names: Sequence[str], *, any_token: bool) -> Bou
     stored = sum(params * context.stored_bytes_per_param(group)[0] for group, params in read.items())
     seconds, resource = max(
         (max(n_bytes - saved, 0.0) / together, "memory rate of all agents together"),
-        (2.0 * multiplied / flop_per_s, "arithmetic of all agents together"),
+        ((2.0 * multiplied + drafted[0][0]) / flop_per_s, "arithmetic of all agents together"),
         (max(stored - room, 0.0) / link.rate.value, f"link.{storage}.rate"))
-    return Bound(token_latency_s=seconds, resource=resource)
+    return Bound(token_latency_s=seconds / context.workload.tokens_per_step, resource=resource)

@@ -140,7 +140,7 @@ def score(policy: Policy, context: Context, block: Block, rows: NDArray[np.int64
         schedule = policy.decode(context, part, rows)
         result = analytic(schedule, durations(schedule, context.device, factors))
         found.append(result.token_s.reshape(part.n_candidates, len(rows)).mean(axis=1))
-    return np.concatenate(found)
+    return np.concatenate(found) / context.workload.tokens_per_step
 
 
 def stratified_rows(context: Context, policy: Policy, n: int) -> NDArray[np.int64]:

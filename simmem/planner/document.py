@@ -47,6 +47,12 @@ class WorkloadRef(_Part):
     kv: str
     mixed: dict[str, str] = {}
     """Tensor groups that are kept at another precision than `weights`."""
+    draft: str | None = None
+    """The model that drafts, or could: with a `draft_length` of 0 it does not help."""
+    acceptance: float | None = None
+    draft_length: int = 0
+    tokens_per_step: float = 1.0
+    """Expected tokens of a sequence in a decode step."""
 
     @property
     def label(self) -> str:

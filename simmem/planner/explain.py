@@ -16,6 +16,7 @@ LIMITS = {
     "compute": "computing (arithmetic, or reading the weights it multiplies)",
     "predictor": "predicting which neurons are needed",
     "sync": "fixed costs of a step",
+    "draft": "drafting tokens",
     "wait": "waiting",
 }
 """What each part of the breakdown is, in words."""
@@ -43,14 +44,15 @@ def rate_digits(tokens_per_s: float) -> str:
 def reasons(plan: Plan, device: Device, notes: list[str]) -> list[str]:
     """The choice, what limits it, what it beats, and under which conditions, in the words of the objective."""
     p, fit, batch = plan.predicted, plan.fit, plan.workload.batch
-    by_rate = plan.objective == "throughput"
+    by_rate, drafts = plan.objective == "throughput", plan.workload.draft_length > 0
     step = "token" if batch == 1 else "step"  # of all sequences together
+    each = "token of every sequence" if batch > 1 and drafts else step  # of which a step yields several
     chosen_weights = precision_words(plan.workload.label)
     native = chosen_weights if plan.workload.mixed else precision_words(fit.weights)
-    found = []
+    found, beside = [], " and the draft model" if drafts else ""
     if fit.missing_bytes > 0:
         text = (f"{native} does not fit in {fit.tier}: it needs {format_quantity(fit.needed_bytes, 'bytes')} with "
-                f"its keys and values, {format_quantity(fit.missing_bytes, 'bytes')} more than the budget of "
+                f"its keys and values{beside}, {format_quantity(fit.missing_bytes, 'bytes')} more than the budget of "
                 f"{format_quantity(fit.budget_bytes, 'bytes')}")
         if fit.stream_token_latency_s is None:
             text += ", and nothing is left to stream it through or from"
@@ -63,7 +65,7 @@ def reasons(plan: Plan, device: Device, notes: list[str]) -> list[str]:
     else:
         found.append(f"{native} fits in {fit.tier}: {format_quantity(fit.needed_bytes, 'bytes')} of "
                      f"{format_quantity(fit.budget_bytes, 'bytes')}")
-    found.append(_chosen(plan, chosen_weights, step))
+    found.append(_chosen(plan, chosen_weights, each))
     worse = [a for a in plan.alternatives if _seconds_of(plan, a.predicted.token_latency_s, a.predicted.tokens_per_s)
              > _seconds_of(plan, p.token_latency_s, p.tokens_per_s)]
     if worse and plan.workload.weights != fit.weights:
@@ -77,12 +79,12 @@ def reasons(plan: Plan, device: Device, notes: list[str]) -> list[str]:
                  sorted(busy.items(), key=lambda item: -item[1])]
         found.append(f"{', '.join(parts)} of what is multiplied")
     part, seconds = max(p.breakdown_s.items(), key=lambda item: item[1])
-    limit = f"{format_quantity(seconds / p.token_latency_s, 'ratio', 2)} of a {step} goes to {LIMITS[part]}"
+    limit = f"{format_quantity(seconds / p.token_latency_s, 'ratio', 2)} of a {each} goes to {LIMITS[part]}"
     if by_rate:
         whole = batch * plan.workload.new_tokens / p.tokens_per_s
         limit = f"the prompt takes {format_quantity(p.first_token_s / whole, 'ratio', 2)} of the time; {limit}"
     found.append(limit)
-    found += _what_helps(plan, step)
+    found += _what_helps(plan, each)
     times = p.token_latency_s / plan.bound.token_latency_s
     least = format_quantity(plan.bound.token_latency_s, "s")
     if by_rate:
@@ -90,7 +92,7 @@ def reasons(plan: Plan, device: Device, notes: list[str]) -> list[str]:
                      f"{rate_words(batch / plan.bound.token_latency_s)} ({plan.bound.resource}); this one decodes "
                      f"{rate_words(p.decode_tokens_per_s)}")
     else:
-        found.append(f"no plan at {chosen_weights} can be faster than {least} a {step} ({plan.bound.resource}); this "
+        found.append(f"no plan at {chosen_weights} can be faster than {least} a {each} ({plan.bound.resource}); this "
                      f"one takes {times:.{2 if times < 100 else 0}f} times that")
     found += notes
     agent = str(plan.policy.knobs.get("agent"))

@@ -17,7 +17,7 @@ from simmem.units import format_quantity
 
 __all__ = ["FittedUse", "fitted_use"]
 
-_COMPUTES = (OpKind.COMPUTE, OpKind.PREDICTOR, OpKind.MEMORY)
+_COMPUTES = (OpKind.COMPUTE, OpKind.PREDICTOR, OpKind.DRAFT, OpKind.MEMORY)
 
 
 @dataclass(frozen=True)

@@ -75,7 +75,8 @@ def token_seconds(candidate: Candidate, rows: NDArray[np.int64], changes: dict[s
     factors: dict[str, float | Array] = {}
     for key, factor in (changes or {}).items():
         factors.update(curve_factors(key, factor))
-    return float(np.mean([t.token_s for t in timelines(candidate, rows, factors, schedule)]))
+    return float(np.mean([t.token_s for t in timelines(candidate, rows, factors, schedule)])
+                 / candidate.context.workload.tokens_per_step)
 
 
 def felt(candidate: Candidate, schedule: Schedule, keys: Sequence[str], factor: float) -> list[str]:
@@ -201,17 +202,17 @@ def predict(candidate: Candidate, rows: NDArray[np.int64], *, interval_rows: NDA
     interval_rows : fewer rows for the draws; `rows` when None.
     """
     context, workload = candidate.context, candidate.context.workload
-    runs = timelines(candidate, rows)
-    seconds = np.array([t.token_s for t in runs])
+    runs, per = timelines(candidate, rows), workload.tokens_per_step  # what a step moves and takes is for so many
+    seconds = np.array([t.token_s for t in runs]) / per
     mean = float(seconds.mean())
     low, high = interval_factors(candidate, rows if interval_rows is None else interval_rows)
     paths = [critical_path(t) for t in runs]
     first = prefill_seconds(candidate)
     report = candidate.policy.report(context, candidate.block, rows)
     moved = [t.schedule.timed_bytes for t in runs]
-    links = {name: float(np.mean([m.get(f"link.{name}", np.zeros(1))[0] for m in moved]))
+    links = {name: float(np.mean([m.get(f"link.{name}", np.zeros(1))[0] for m in moved])) / per
              for name in context.device.link}
-    requests = {name: float(np.mean([_requests(t, name) for t in runs])) for name in context.device.link}
+    requests = {name: float(np.mean([_requests(t, name) for t in runs])) / per for name in context.device.link}
     p50, p95, p99 = (float(q) for q in np.quantile(seconds, [0.5, 0.95, 0.99]))
     return Predicted(
         token_latency_s=mean,
@@ -221,16 +222,18 @@ def predict(candidate: Candidate, rows: NDArray[np.int64], *, interval_rows: NDA
         load_s=load_seconds(candidate),
         tokens_per_s=tokens_per_s(workload, first, mean),
         decode_tokens_per_s=workload.batch / mean,
-        breakdown_s={k: float(np.mean([p[k] for p in paths])) for k in BREAKDOWN},
-        busy_s={k: float(np.mean([t.busy_s[k] for t in runs])) for k in runs[0].busy_s},
+        breakdown_s={k: float(np.mean([p[k] for p in paths])) / per for k in BREAKDOWN},
+        busy_s={k: float(np.mean([t.busy_s[k] for t in runs])) / per for k in runs[0].busy_s},
         bytes_per_token=links,
         requests_per_token=requests,
-        requested_bytes_per_token=report["requested_bytes"],
+        requested_bytes_per_token=report["requested_bytes"] / per,
         bytes_written_per_token=sum((n for name, n in links.items()
                                      if context.device.link[name].target == context.device.storage), 0.0),
-        cache={k: CacheUse(**v) for k, v in report["cache"].items()},
+        cache={k: CacheUse(hit_ratio=v["hit_ratio"], bytes_per_token=v["bytes_per_token"] / per)
+               for k, v in report["cache"].items()},
         active_share=report["active_share"],
-        energy_j_per_token=_mean_energy([energy_j(context.device, t.schedule, mean) for t in runs], workload.batch),
+        energy_j_per_token=_mean_energy([energy_j(context.device, t.schedule, mean * per) for t in runs],
+                                        workload.batch * per),
     )
 
 
@@ -256,19 +259,19 @@ def _requests(run: Timeline, link: str) -> float:
     return float(sum(uses[k] * s.requests[k, 0] for k, c in enumerate(s.classes) if c.link == link))
 
 
-def _mean_energy(steps_j: list[float | None], batch: int) -> float | None:
+def _mean_energy(steps_j: list[float | None], batch: float) -> float | None:
     known = [j for j in steps_j if j is not None]
     return float(np.mean(known)) / batch if len(known) == len(steps_j) else None
 
 
-def energy_j(device: Device, schedule: Schedule, token_s: float) -> float | None:
-    """Σ bytes·J/byte + Σ flop·J/flop + idle power·time of a timed token; None where a figure has no source. [J]
+def energy_j(device: Device, schedule: Schedule, step_s: float) -> float | None:
+    """Σ bytes·J/byte + Σ flop·J/flop + idle power·time of the timed step; None where a figure has no source. [J]
 
     schedule : its columns are tokens, which are averaged.
     """
     if device.idle is None:
         return None
-    total = device.idle.value * token_s
+    total = device.idle.value * step_s
     for resource, amount in schedule.timed_bytes.items():
         what, name = resource.split(".", 1)
         if what == "bus":

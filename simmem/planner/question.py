@@ -7,21 +7,26 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from simmem.errors import SpecError, TraceError
-from simmem.policy.base import policies, policy_named
+from simmem.policy.base import Knob, policies, policy_named
 from simmem.policy.context import MAX_WINDOW, Context, Replayed
 from simmem.spec import library
 from simmem.spec.device import Device, load_device
 from simmem.spec.model import Model, load_model
 from simmem.spec.precision import FILE, PRECISIONS
-from simmem.spec.workload import Workload, mixed_precisions
+from simmem.spec.workload import MOST_DRAFTED, Draft, Workload, mixed_precisions
 from simmem.trace import Trace, open_trace, sparsest_trace_within, varied_traces
 from simmem.units import format_quantity, parse_quantity
 
-__all__ = ["FINAL_ROWS", "MAX_LOSS", "OBJECTIVES", "Question", "ask"]
+__all__ = ["DRAFT_LENGTH", "DRAFT_LENGTHS", "FINAL_ROWS", "MAX_LOSS", "OBJECTIVES", "Question", "ask"]
 
 OBJECTIVES = ("latency", "throughput", "energy", "memory")
 MAX_LOSS = 10
 """A perplexity eleven times the dense model's is no model any more."""
+DRAFT_LENGTHS = (0, 1, 2, 3, 4, 6, 8)
+"""Tokens drafted for a step that are tried; any number up to MOST_DRAFTED may be set."""
+DRAFT_LENGTH = Knob("draft_length", "structural", DRAFT_LENGTHS, "tokens drafted for a step to verify", low=0,
+                    high=MOST_DRAFTED)
+"""Of a draft model beside any policy."""
 FINAL_ROWS = 64
 """Trace tokens that the answer is run on."""
 ROUTING_TOKENS = 256
@@ -56,6 +61,10 @@ class Question:
     """A trace of which experts tokens chose; then there is none of neurons."""
     batches_tried: tuple[tuple[int, float], ...] = ()
     """(sequences, tokens a second) where the batch was searched."""
+    draft_name: str | None = None
+    """As it was given."""
+    drafts_tried: tuple[tuple[int, float], ...] = ()
+    """(tokens drafted for a step, what the objective asks for) where that was searched."""
 
     def context(self, weights: str) -> Context:
         """Everything a policy needs at one precision."""
@@ -81,13 +90,19 @@ def ask(
     engine: str | None = None,
     defaults: bool = False,
     max_quality_loss: float | None = None,
+    draft: str | None = None,
+    acceptance: float | None = None,
+    draft_length: int | None = None,
     relative_to: Path | None = None,
 ) -> Question:
     """Check the arguments of `plan` and resolve every name. Raises SpecError.
 
     weights : one precision; or by tensor group, as a table or "attention=int4,experts=int2": the groups that are not
         named keep the model's own.
+    draft_length : tokens that `draft` proposes for each step; else the knob of that name, which belongs to no policy.
     """
+    knobs = dict(knobs or {})
+    length = knobs.pop(DRAFT_LENGTH.name, draft_length)
     spec_device = load_device(device, relative_to=relative_to)
     spec_model = load_model(model, relative_to=relative_to)
     if objective not in OBJECTIVES:
@@ -113,11 +128,14 @@ def ask(
     if not precisions:
         raise SpecError(f"no unit of {spec_device.name} has an arithmetic rate for {weights or own} weights",
                         key="--weights")
-    workload = Workload(prompt, new_tokens, batch, precisions[0], kv, mixed)
+    workload = Workload(prompt, new_tokens, batch, precisions[0], kv, mixed,
+                        _draft(draft, acceptance, length, relative_to))
     workload.check(spec_model)
-    if not any(all(map(agent.computes_as, workload.precisions)) for agent in spec_device.agent.values()):
-        raise SpecError(f"no unit of {spec_device.name} has arithmetic rates for {' and '.join(workload.precisions)} "
-                        "weights", key="--weights")
+    for needed, flag in ((workload.precisions, "--weights"),
+                         ((*workload.precisions, *_draft_precision(workload)), "--draft")):
+        if not any(all(map(agent.computes_as, needed)) for agent in spec_device.agent.values()):
+            raise SpecError(f"no unit of {spec_device.name} has arithmetic rates for {' and '.join(needed)} weights",
+                            key=flag)
     fixed = dict(knobs or {})
     if engine:
         runs = [e.agent for key, e in spec_device.engine.items()
@@ -127,15 +145,34 @@ def ask(
         spec_device = spec_device.with_engine(engine)
     if trace is None and max_quality_loss is not None:
         trace = sparsest_trace_within(spec_model, 1.0 + max_quality_loss)
-    replayed = _replay(trace, spec_model, batch)
+    replayed = _replay(trace, spec_model, workload.step_tokens)
     routes = replayed is not None and replayed.trace.header.unit == "expert"
     return Question(device, model, spec_device, spec_model, None if routes else replayed, workload, precisions,
                     _budgets(spec_device, dram, vram), names, fixed, objective, engine, policy is None, defaults,
-                    max_quality_loss, replayed if routes else None)
+                    max_quality_loss, replayed if routes else None, draft_name=draft)
+
+
+def _draft(name: str | None, acceptance: float | None, length: object, relative_to: Path | None) -> Draft | None:
+    """The draft model with its length and acceptance: all three or none of them."""
+    if name is None:
+        for value, key in ((acceptance, "--acceptance"), (length, DRAFT_LENGTH.name)):
+            if value is not None:
+                raise SpecError(f"found {value} without a draft model, expected --draft MODEL beside it", key=key)
+        return None
+    if acceptance is None:
+        raise SpecError(f"found none for {name}, expected the share of its tokens that are accepted, from 0 to 1: it "
+                        "depends on both models and the text, so there is no default", key="--acceptance")
+    if length is None:
+        raise SpecError(f"found none for {name}, expected the tokens that it drafts for a step", key=DRAFT_LENGTH.name)
+    return Draft(load_model(name, relative_to=relative_to), int(str(DRAFT_LENGTH.parse(length))), acceptance)
+
+
+def _draft_precision(workload: Workload) -> tuple[str, ...]:
+    return (workload.draft.model.own_precision,) if workload.draft and workload.draft.length else ()
 
 
 def _replay(name: str | None, model: Model, batch: int) -> Replayed | None:
-    """The trace to plan with; a synthetic one can be varied within what is known of its law."""
+    """The trace to plan with, `batch` tokens a step; a synthetic one can be varied within what is known of its law."""
     neurons = model.units_of("ffn-neuron")
     if neurons is None and name is not None and library.resolve("trace", name).suffix == ".toml":
         raise TraceError(f"is a synthetic trace of FFN neurons, which {model.name} does not have in every layer",

@@ -22,6 +22,7 @@ from simmem.planner.predict import energy_j, prefill_seconds, prompt_seconds, qu
 from simmem.planner.question import Question
 from simmem.policy.base import Block, Policy, agents_of, policy_named
 from simmem.policy.context import Context
+from simmem.policy.drafting import drafted
 
 __all__ = [
     "SCORING_ROWS",
@@ -81,7 +82,7 @@ def search(question: Question, weights: str) -> Found:
     floor: dict[tuple[str, ...], float] = {}
     pruned = float("inf")
     for name in question.policy_names:
-        policy = policy_named(name)
+        policy = drafted(policy_named(name), context)
         # Within a policy and a way of knowing: the best of each is wanted, if only to compare with.
         fastest: dict[object, float] = {}
         pool: list[Candidate] = []
@@ -229,8 +230,8 @@ def objective_value(candidate: Candidate, objective: str) -> tuple[float, float]
         return (first + (n - 1) * candidate.score_s) / (workload.batch * n), candidate.score_s
     rows = stratified_rows(candidate.context, candidate.policy, SCORING_ROWS)
     energy = energy_j(candidate.context.device, candidate.policy.decode(candidate.context, candidate.block, rows),
-                      candidate.score_s)
-    return None if energy is None else (energy, candidate.score_s)
+                      candidate.score_s * workload.tokens_per_step)
+    return None if energy is None else (energy / workload.tokens_per_step, candidate.score_s)
 
 
 def prove(ranked: Sequence[Candidate], pruned_s: float = float("inf"), n_rows: int = SCORING_ROWS

@@ -17,6 +17,7 @@ from simmem.planner.question import Question
 from simmem.planner.ranking import SCORING_ROWS, objective_value, search
 from simmem.policy.base import Block, Policy, agents_of, policy_named
 from simmem.policy.context import Context
+from simmem.policy.drafting import drafted
 
 __all__ = ["most_tokens_per_s"]
 
@@ -47,14 +48,14 @@ def _most_at(question: Question, context: Context, best: float) -> float:
     main = max(context.able_agents, key=lambda name: context.able_agents[name].rate.value, default=None)
     fits = False
     for name in sorted(question.policy_names, key=lambda name: name != "resident"):
-        policy = policy_named(name)
+        policy = drafted(policy_named(name), context)
         if fits and question.open_choice and policy.uses_trace:
             continue  # nobody is advised to
         for block in blocks(policy, context, question.fixed, defaults=question.defaults):
             names = agents_of(policy, context, block)
             if names not in ceilings:
-                step = agents_bound(context, names, any_token=True).token_latency_s
-                ceilings[names] = float(_rate(context, np.zeros(1), np.array([step]))[0])
+                least = agents_bound(context, names, any_token=True).token_latency_s
+                ceilings[names] = float(_rate(context, np.zeros(1), np.array([least]))[0])
             cut = capacity_cut(policy, context, block)
             fits |= name == "resident" and block.structural["agent"] == main and bool(cut.fits.any())
             oracle = question.open_choice and block.structural.get("predictor") == "oracle"
@@ -74,7 +75,7 @@ def _most_of(policy: Policy, context: Context, block: Block, best: float) -> flo
     return float(_rate(context, first[top], score(policy, context, block.only(top), several)).max())
 
 
-def _rate(context: Context, first_s: Array, step_s: Array) -> Array:
-    """Tokens a second of a whole answer. [token/s]"""
+def _rate(context: Context, first_s: Array, token_s: Array) -> Array:
+    """Tokens a second of a whole answer, as `predict.tokens_per_s`. [token/s]"""
     workload = context.workload
-    return workload.batch * workload.new_tokens / np.maximum(first_s + (workload.new_tokens - 1) * step_s, 1e-300)
+    return workload.batch * workload.new_tokens / np.maximum(first_s + (workload.new_tokens - 1) * token_s, 1e-300)

@@ -18,6 +18,7 @@ from simmem.planner.document import MeasuredHere, Percentiles, Plan, measured_he
 from simmem.planner.predict import column_of
 from simmem.planner.question import FINAL_ROWS, ask
 from simmem.policy.base import policy_named
+from simmem.policy.drafting import drafted
 from simmem.sim.events import events
 from simmem.sim.timeline import BREAKDOWN, Timeline, critical_path, occupancy
 from simmem.spec.base import validate
@@ -71,7 +72,8 @@ def candidate_of(plan: Plan, *, file: str | None = None) -> Candidate:
     w = plan.workload
     question = ask(plan.device, plan.model, prompt=w.prompt_tokens, new_tokens=w.new_tokens, batch=w.batch,
                    weights=w.mixed or w.weights, kv=w.kv, trace=plan.trace.name if plan.trace else None,
-                   policy=plan.policy.name, knobs=plan.policy.knobs, engine=plan.engine)
+                   policy=plan.policy.name, knobs=plan.policy.knobs, engine=plan.engine, draft=w.draft,
+                   acceptance=w.acceptance, draft_length=w.draft_length if w.draft or w.draft_length else None)
     budget = {**question.budget_bytes, **{k: v.budget_bytes for k, v in plan.memory.items()
                                           if k in question.budget_bytes}}
     context = replace(question, budget_bytes=budget).context(w.weights)
@@ -79,7 +81,7 @@ def candidate_of(plan: Plan, *, file: str | None = None) -> Candidate:
     if plan.trace and replayed and replayed.trace.header.digest != plan.trace.digest:
         raise TraceError(f"the trace {plan.trace.name} is not the one this plan was made from (its digest differs)",
                          file=file, key="trace.digest")
-    policy = policy_named(plan.policy.name)
+    policy = drafted(policy_named(plan.policy.name), context)
     found = list(blocks(policy, context, plan.policy.knobs))
     if len(found) != 1 or found[0].n_candidates != 1:
         raise SpecError("does not name every knob of its policy", file=file, key="policy.knobs")
@@ -110,7 +112,8 @@ def resimulate(plan: Plan, tokens: int, background: Mapping[str, float] | None =
     schedule = candidate.policy.decode(context, candidate.block, rows)
     took = durations(schedule, context.device)
     runs = [events(schedule.column(i), column_of(took, i), contention) for i in range(schedule.n_candidates)]
-    seconds = np.array([r.token_s for r in runs])
+    per = context.workload.tokens_per_step
+    seconds = np.array([r.token_s for r in runs]) / per
     paths = [critical_path(r) for r in runs]
     p50, p95, p99 = (float(q) for q in np.quantile(seconds, [0.5, 0.95, 0.99]))
     peaks: dict[str, float] = {}
@@ -122,9 +125,9 @@ def resimulate(plan: Plan, tokens: int, background: Mapping[str, float] | None =
         device=plan.device, model=plan.model, policy=plan.policy.name, tokens=len(rows),
         engine=max((r.engine for r in runs), key=len), planned_token_latency_s=plan.predicted.token_latency_s,
         token_latency_s=float(seconds.mean()), token_latency_percentiles_s=Percentiles(p50=p50, p95=p95, p99=p99),
-        breakdown_s={k: float(np.mean([p[k] for p in paths])) for k in BREAKDOWN},
-        busy_s={k: float(np.mean([r.busy_s[k] for r in runs])) for k in runs[0].busy_s},
-        bytes_per_token={n: float(np.mean([m[f"link.{n}"][0] for m in moved])) for n in context.device.link
+        breakdown_s={k: float(np.mean([p[k] for p in paths])) / per for k in BREAKDOWN},
+        busy_s={k: float(np.mean([r.busy_s[k] for r in runs])) / per for k in runs[0].busy_s},
+        bytes_per_token={n: float(np.mean([m[f"link.{n}"][0] for m in moved])) / per for n in context.device.link
                          if f"link.{n}" in moved[0]},
         peak_bytes=peaks, background=dict(background or {}), measured=measured_here(context.device))
     return result, runs

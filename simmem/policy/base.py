@@ -191,7 +191,8 @@ class Policy(Protocol):
     def report(self, context: Context, block: Block, rows: NDArray[np.int64]) -> dict[str, Any]:
         """For a block of one candidate: `requested_bytes`, `cache`, `active_share`, `notes`, `perplexity_ratio`,
         `quality_source`; with a placement that may not be the best one, `gap`: the share by which the best could be
-        faster, or `least_s`: what no other placement beats, of a "step" and of the prompt with all steps ("total")."""
+        faster, or `least_s`: what no other placement beats, of a "step" for each token
+        that it yields, and of the prompt with all steps ("total")."""
 
 
 def one_value(value: Setting) -> KnobValue:

@@ -146,15 +146,15 @@ class Context:
         a = self.model.architecture
         assert a.experts is not None
         return self.routing or _drawn(self.model.name, a.n_expert_layers, a.experts.count, a.experts.per_token,
-                                      self.workload.batch, 2.0 * self.model.expert_params)
+                                      self.workload.step_tokens, 2.0 * self.model.expert_params)
 
     # --- device -----------------------------------------------------------------------------
 
     @cached_property
     def able_agents(self) -> dict[str, Agent]:
-        """Units that can multiply weights of every precision that the workload has."""
-        return {name: a for name, a in self.device.agent.items()
-                if all(a.computes_as(p) for p in self.workload.precisions)}
+        """Units that can multiply weights of every precision that the workload has, a draft model's too."""
+        precisions = (*self.workload.precisions, *(self.drafting.workload.precisions if self.drafting else ()))
+        return {name: a for name, a in self.device.agent.items() if all(a.computes_as(p) for p in precisions)}
 
     def memory_of(self, agent: str) -> str:
         """The tier an agent computes out of."""
@@ -269,13 +269,14 @@ class Context:
 
     @cached_property
     def working_bytes(self) -> float:
-        """Activations of the prompt through one layer, and one row of logits, in fp32. [B]"""
+        """Activations of the prompt (or of a longer draft) through one layer, and a row of logits for each token that a
+        step verifies, in fp32. [B]"""
         return float(self.working_bytes_of(self.workload.batch, "fp32"))
 
     def working_bytes_of(self, gpu_batch: Array | float, precision: str = "fp16") -> Array | float:
         """The same of a batch of the sequences, for engines that take them one batch after the other. [B]"""
-        a, each = self.model.architecture, matrix_bytes_per_param(precision)
-        return each * gpu_batch * (self.workload.prompt_tokens * a.activations + a.vocab)
+        a, each, verified = self.model.architecture, matrix_bytes_per_param(precision), 1 + self.workload.draft_length
+        return each * gpu_batch * (max(self.workload.prompt_tokens, verified) * a.activations + verified * a.vocab)
 
     def activation_bytes(self, n_tokens: float, precision: str = "fp16") -> float:
         """Hidden vectors between two layers. [B]"""
@@ -285,6 +286,18 @@ class Context:
     def kv_token_bytes(self) -> float:
         """Keys and values (or the state) that one token of one sequence adds, all layers. [B]"""
         return self.model.kv_bytes(self.workload.kv, 1.0)
+
+    # --- a draft model --------------------------------------------------------------------------
+
+    @cached_property
+    def drafting(self) -> Context | None:
+        """The draft model, as it is published, decoding a token of each sequence at a time; None where nothing is
+        drafted."""
+        w = self.workload
+        if w.draft is None or not w.draft.length:
+            return None
+        return replace(self, model=w.draft.model, replayed=None, routing=None, workload=replace(
+            w, weights=w.draft.model.own_precision, mixed=(), draft=None))
 
     # --- the trace ----------------------------------------------------------------------------
 

@@ -101,12 +101,12 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
     model, agent = context.model, demands.agent
     n_columns = len(demands.depth)
     ops = Ops(context, n_columns, agents=(agent,), depth=demands.depth)
-    batch, memory = context.workload.batch, context.memory_of(agent)
+    n_tokens, memory = ops.n_tokens, context.memory_of(agent)
     layers, kind = model.architecture.n_layers, context.layers.kind
     stream_layer, stream_head = _streams(ops, demands)
     # With reads ahead nobody knows beforehand whether an op will find its bytes there: then none is said to wait.
     idle = 0.0 if demands.prefetch else 1.0
-    attend = ops.mixer(agent, batch, ops.context_flop, ops.context_bytes,
+    attend = ops.mixer(agent, n_tokens, ops.context_flop, ops.context_bytes,
                        waits=np.where((demands.layer_stream_bytes > 0).any(axis=0), idle, 0.0))
     units = demands.units
     predict: Demand | None = None
@@ -118,9 +118,9 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
         feed = [whole[k] for k in kind]
     else:
         if units.predictor_params:
-            predict = ops.compute("predictor", OpKind.PREDICTOR, agent, 2.0 * batch * units.predictor_params,
+            predict = ops.compute("predictor", OpKind.PREDICTOR, agent, 2.0 * n_tokens * units.predictor_params,
                                   ops.read_bytes(agent, "ffn", units.predictor_params, 0.0), 2,
-                                  products=Products(batch, float(model.architecture.d_model), 2.0))
+                                  products=Products(n_tokens, float(model.architecture.d_model), 2.0))
         # Rows are rearranged where they live: by the CPU in unified memory, by the GPU in its own.
         keeper = context.host_agent if memory == context.device.host and context.host_agent else agent
         unit_hops = context.path_to(agent)
@@ -132,13 +132,13 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
                                       np.where(kept, 2.0, 0.0), products=Products(1.0, context.unit_bytes, 1.0),
                                       waits=np.where(waits & kept, idle, 0.0)))
             feed.append(ops.feed(
-                agent, "plain", batch, rows=units.rows[layer], waits=np.where(waits & ~kept, idle, 0.0),
+                agent, "plain", n_tokens, rows=units.rows[layer], waits=np.where(waits & ~kept, idle, 0.0),
                 release={memory: demands.layer_stream_bytes[kind[layer]] + units.read_bytes[layer]}))
     head = ops.head(agent, release={memory: demands.head_stream_bytes},
                     waits=np.where(demands.head_stream_bytes > 0, idle, 0.0))
     step = ops.step(agent)
     lookup = ops.move("embedding rows", np.full(n_columns, demands.lookup_bytes), context.path_to(agent),
-                      requests=np.full(n_columns, float(batch))) if demands.lookup_bytes else []
+                      requests=np.full(n_columns, float(n_tokens))) if demands.lookup_bytes else []
 
     builder, p = ops.builder, demands.prefetch
     computed: list[int] = []  # op that frees a stage's buffer, all tokens in one sequence
@@ -146,7 +146,7 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
     n_stages = layers + 1
     # Enough steps for the pipeline to fill: one before the timed one, more where the model is short for its prefetch.
     # Whether anything is streamed must not matter here: a candidate's schedule depends on no other's.
-    n_tokens = 1 + max(1, math.ceil(WARM_UP * (p + 1) / n_stages)) if p else 1
+    n_steps = 1 + max(1, math.ceil(WARM_UP * (p + 1) / n_stages)) if p else 1
     fetched: dict[int, int] = {}  # stage number → op after which its streamed weights are there
 
     def fetch(stage: int) -> None:
@@ -165,7 +165,7 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
         if op is not None:
             fetched[stage] = op
 
-    for token in range(n_tokens):
+    for token in range(n_steps):
         predicted: dict[int, int | None] = {}
         read: dict[int, int | None] = {}
 
@@ -203,8 +203,8 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
         computed.append(last)
         if p:
             fetch(stage + p)
-        if step is not None:
-            last = builder.op(*step, deps=[last], token=token, layer=layers)
+        for demand, stream in step:
+            last = builder.op(demand, stream, deps=[last], token=token, layer=layers)
         builder.end_token(last)
     return builder.build(demands.held_bytes)
 

@@ -8,6 +8,7 @@ demanded takes no time.
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import Literal
 
 import numpy as np
@@ -16,7 +17,7 @@ from numpy.typing import NDArray
 from simmem.errors import SpecError
 from simmem.policy.context import Context
 from simmem.policy.layer_kinds import FfnWork, ffn_products, ffn_work
-from simmem.schedule import DemandClass, OpKind, Phase, Products, Schedule, ScheduleBuilder
+from simmem.schedule import DRAFT, DemandClass, OpKind, Phase, Products, Schedule, ScheduleBuilder
 
 __all__ = [
     "ATTENTION_KERNELS",
@@ -73,7 +74,7 @@ class Ops:
     ----------
     n_columns : columns of the schedule. Amounts below are (n_columns,) or one number for all.
     agents : who computes, the main one first; all of the device's when None. SpecError for one that the device has not.
-    phase : a decode step (`batch` tokens, over the mean context) or the prompt (all its tokens at once).
+    phase : a decode step (`step_tokens`, over the mean context) or the prompt (all its tokens at once).
     depth : reads in flight, unless a move says otherwise.
     """
 
@@ -89,9 +90,11 @@ class Ops:
         self._known: dict[tuple[str, str, float, bool], tuple[FfnWork, float, float]] = {}
         a = model.architecture
         if phase is Phase.DECODE:
-            self.n_tokens: float = workload.batch
+            self.n_tokens: float = workload.step_tokens
             """Tokens that pass through a layer together."""
-            self.context_flop = workload.batch * model.attention_flop(
+            self.n_outputs: float = workload.step_tokens
+            """Tokens that the output projection is for: all of a decode step, the last of each prompt."""
+            self.context_flop = workload.step_tokens * model.attention_flop(
                 workload.mean_decode_context, workload.mean_decode_window(a.window))
             """Arithmetic of attention over the context (or of the scan), all layers and tokens. [flop]"""
             self.context_bytes = context.decode_kv_bytes
@@ -99,7 +102,7 @@ class Ops:
             self.norm_params = model.norm_params * a.norms_per_layer / 2
             """Half of a layer's norms with its attention, half with its FFN; nothing beside a prompt."""
         else:
-            self.n_tokens = workload.prompt_tokens * workload.batch
+            self.n_tokens, self.n_outputs = workload.prompt_tokens * workload.batch, workload.batch
             seen = workload.mean_prompt_window(None), workload.mean_prompt_window(a.window)
             self.context_flop = self.n_tokens * model.attention_flop(*seen, prompt=True)
             self.context_bytes = model.kv_bytes(workload.kv, workload.prompt_tokens) * workload.batch
@@ -278,14 +281,14 @@ class Ops:
 
     def head(self, agent: str, share: Amount = 1.0, *, waits: Amount = 0.0,
              release: Mapping[str, Amount] | None = None) -> Demand:
-        """The output projection for the last token of every sequence, and sampling."""
-        model, batch = self.context.model, self.context.workload.batch
+        """The output projection for `n_outputs` tokens, and sampling."""
+        model, n = self.context.model, self.n_outputs
         a = model.architecture
         return self.compute(
-            "head", OpKind.COMPUTE, agent, 2.0 * batch * model.head_params * share, self.head_bytes(agent) * share,
+            "head", OpKind.COMPUTE, agent, 2.0 * n * model.head_params * share, self.head_bytes(agent) * share,
             _present(share, HEAD_KERNELS),
             precision=self.context.group_precision("embedding" if a.tied_head else "head"),
-            products=Products(batch, float(a.d_model), 1.0), waits=waits, release=release)
+            products=Products(n, float(a.d_model), 1.0), waits=waits, release=release)
 
     def join(self, agent: str, n_tokens: float, share: Amount = 1.0) -> Demand:
         """Adding what another agent made of the same vectors, for columns where `share` is above 0.
@@ -297,10 +300,40 @@ class Ops:
             "join", OpKind.TRANSFER, agent, _present(share, n_tokens * self.context.model.architecture.d_model),
             _present(share, JOIN_TRAFFIC * vectors), _present(share, 1.0))
 
-    def step(self, agent: str) -> Demand | None:
-        """The fixed cost of a decode step; None where the agent has none."""
+    def step(self, agent: str) -> list[Demand]:
+        """What a decode step takes beside its layers and the head: the agent's fixed cost, where it has one, and the
+        draft of what the next step verifies."""
         has = self.context.agent(agent).step_overhead
-        return self.compute("step", OpKind.SYNC, agent, 0.0, 0.0, 1.0) if has else None
+        fixed = [self.compute("step", OpKind.SYNC, agent, 0.0, 0.0, 1.0)] if has else []
+        return fixed + self.draft(agent)
+
+    def draft(self, agent: str) -> list[Demand]:
+        """What the draft model does: one pass after the other for each token of a draft, or all of the prompt at once.
+
+        Its attention, each kind of its FFN, its head and the fixed cost of its steps are a class each, demanding at
+        once what all its layers and passes do; [] where nothing is drafted.
+        """
+        drafting = self.context.drafting
+        if drafting is None:
+            return []
+        own, decoding = Ops(drafting, 1, agents=(agent,), phase=self.phase), self.phase is Phase.DECODE
+        kinds = drafting.layers
+        parts = [(own.mixer(agent, own.n_tokens, own.context_flop, own.context_bytes), len(kinds.kind)),
+                 *((own.feed(agent, name, own.n_tokens), kinds.kind.count(k)) for k, name in enumerate(kinds.names)),
+                 (own.head(agent), 1), *((one, 1) for one in (own.step(agent) if decoding else []))]
+        for one, _ in parts:
+            last = own.op(one)
+        once, found = own.build(last), []
+        for (k, stream), uses in parts:
+            what, times = once.classes[k], uses * (self.context.workload.draft_length if decoding else 1)
+            if what.kind is not OpKind.SYNC:
+                shape = what.products
+                what = replace(what, name=f"{DRAFT}{what.name}", kind=OpKind.DRAFT,
+                               products=shape and replace(shape, count=shape.count * times))
+            found.append((self.builder.demand(
+                what, flop=times * float(once.flop[k, 0]), requests=times * float(once.requests[k, 0]),
+                bytes={name: times * float(amount[k, 0]) for name, amount in once.bytes.items()}), stream))
+        return found
 
     # --- the program ------------------------------------------------------------------------------
 
@@ -317,7 +350,10 @@ class Ops:
         return waited
 
     def build(self, last: int, held_bytes: Mapping[str, Amount] | None = None) -> Schedule:
-        """The finished schedule; `last` ends its last token."""
+        """The finished schedule; `last` ends its last token. A prompt passes through the draft model too."""
+        if self.phase is Phase.PREFILL:
+            for what in self.draft(self.agents[0]):
+                last = self.op(what, deps=[last])
         self.builder.end_token(last)
         return self.builder.build(held_bytes)
 

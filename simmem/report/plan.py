@@ -60,11 +60,13 @@ def print_plan(plan: Plan, device: Device) -> None:
     console.print()
     console.print(Text.assemble(
         (f"{plan.model} on {device.title}", "bold"),
-        f"\n{w.prompt_tokens} prompt tokens, {w.new_tokens} new, batch {w.batch}"))
+        f"\n{w.prompt_tokens} prompt tokens, {w.new_tokens} new, batch {w.batch}"
+        + (f", {w.draft_length} drafted by {w.draft} for each step" if w.draft_length else "")))
     console.print()
 
     what = "weights as in the file" if w.weights == FILE else f"{w.label} weights"
-    step = "token" if w.batch == 1 else f"step of {w.batch} tokens"
+    step = ("token" if w.batch == 1 else f"token of each of {w.batch} sequences" if w.draft_length else
+            f"step of {w.batch} tokens")
     by_rate = plan.objective == "throughput"
     low, high = (_s(end) for end in p.token_latency_interval_s)
     if by_rate:

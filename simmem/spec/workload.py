@@ -9,7 +9,52 @@ from simmem.errors import SpecError, UnknownNameError
 from simmem.spec.model import Model
 from simmem.spec.precision import FILE, PRECISIONS
 
-__all__ = ["Workload", "mixed_precisions", "weights_label"]
+__all__ = ["MOST_DRAFTED", "Draft", "Workload", "mixed_precisions", "weights_label"]
+
+MOST_DRAFTED = 64
+"""Longer drafts are not planned: hardly any is accepted to its end."""
+
+
+@dataclass(frozen=True)
+class Draft:
+    """A small model that proposes tokens, which the large one verifies all in one step (Leviathan et al., 2023)."""
+
+    model: Model
+    length: int
+    """Tokens proposed for each step (γ); with 0 the model is not there at all."""
+    acceptance: float
+    """Chance that a proposed token is accepted (α), each independent of the others."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.acceptance <= 1:  # also false for NaN
+            raise SpecError(f"found {self.acceptance}, expected a share of drafted tokens that are accepted, from 0 "
+                            "to 1", key="--acceptance")
+        if not 0 <= self.length <= MOST_DRAFTED:
+            raise SpecError(f"found {self.length}, expected a whole number of tokens from 0 to {MOST_DRAFTED}",
+                            key="draft_length")
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Expected tokens of a sequence in a step: (1 − α^(γ+1)) / (1 − α), and γ + 1 where α is 1.
+
+        Leviathan et al., arXiv 2211.17192, equation 1; written as the sum that it is, which also holds for α = 1.
+        """
+        return float(sum(self.acceptance**i for i in range(self.length + 1)))
+
+    def check(self, target: Model, context_tokens: int) -> None:
+        """Raise SpecError where this model cannot draft for the target."""
+        for model in (target, self.model):
+            if model.architecture.state_space is not None:
+                raise SpecError(f"{model.name} keeps a state, which cannot be taken back to the last token that was "
+                                "accepted; expected a draft and a model with keys and values", key="--draft")
+        mine, theirs = self.model.architecture.vocab, target.architecture.vocab
+        if mine != theirs:
+            raise SpecError(f"{self.model.name} has a vocabulary of {mine} tokens, expected the {theirs} of "
+                            f"{target.name}: what it proposes must mean the same there", key="--draft")
+        limit = self.model.architecture.max_positions
+        if context_tokens > limit:
+            raise SpecError(f"a context of {context_tokens} tokens is past the {limit} that {self.model.name} has "
+                            "positions for", key="--draft")
 
 
 @dataclass(frozen=True)
@@ -23,6 +68,8 @@ class Workload:
     kv: str = "fp16"
     mixed: tuple[tuple[str, str], ...] = ()
     """(tensor group, precision) of groups that are kept at another precision than `weights`, each once."""
+    draft: Draft | None = None
+    """What proposes tokens for a step to verify, if anything."""
 
     def __post_init__(self) -> None:
         for name, flag in (("prompt_tokens", "--prompt"), ("new_tokens", "--new-tokens"), ("batch", "--batch")):
@@ -70,6 +117,35 @@ class Workload:
         for group, _ in self.mixed:
             if group not in known:
                 raise UnknownNameError(f"tensor group of {model.name}", group, known, key="--weights")
+        if self.draft is not None:
+            self.draft.check(model, self.context_tokens)
+
+    # --- a decode step --------------------------------------------------------------------------
+
+    @property
+    def draft_length(self) -> int:
+        """Tokens that are proposed for each sequence and step."""
+        return self.draft.length if self.draft else 0
+
+    @property
+    def acceptance(self) -> float | None:
+        """Chance that such a token is accepted; None where nothing is drafted."""
+        return self.draft.acceptance if self.draft else None
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens that pass through a layer together in a decode step: of each sequence one, and those to verify."""
+        return self.batch * (1 + self.draft_length)
+
+    @property
+    def tokens_per_step(self) -> float:
+        """Expected tokens that a decode step yields for each sequence: what its seconds are divided by."""
+        return self.draft.tokens_per_step if self.draft else 1.0
+
+    @property
+    def decode_steps(self) -> float:
+        """Expected decode steps after the first token."""
+        return (self.new_tokens - 1) / self.tokens_per_step
 
     @property
     def context_tokens(self) -> int:

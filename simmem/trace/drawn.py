@@ -1,8 +1,8 @@
 """Which experts would tokens choose if no router had favourites, and what would its gate ask for a layer early?
 
-Where nothing was recorded, routing is drawn: every sequence of a step chooses its experts of each layer uniformly and
+Where nothing was recorded, routing is drawn: every token of a step chooses its experts of each layer uniformly and
 independently of every other choice. A cache of k of n experts then hits k times in n in the mean, whatever it evicts,
-but a layer waits for what it misses, and the mean of waits is not the wait for the mean: so tokens are drawn one by one
+but a layer waits for what it misses, and the mean of waits is not the wait for the mean: so steps are drawn one by one
 and replayed like recorded ones.
 """
 
@@ -33,8 +33,8 @@ def uniform_routing(model: str, n_layers: int, n_experts: int, per_token: int, *
     Parameters
     ----------
     model : name of the model it is for.
-    batch : sequences that advance together; a step uses what any of them chose.
-    draws : choices (of a sequence in a layer) that are wanted altogether, within 192 and 1024 tokens.
+    batch : tokens that pass through a layer together; a step uses what any of them chose.
+    draws : choices (of a token in a layer) that are wanted altogether, within 192 and 1024 steps.
     unit_bytes : one expert at fp16. [B]
     """
     most = min(per_token * batch, n_experts)

@@ -35,6 +35,9 @@ class _Workload(Frozen):
     batch: int = 1
     weights: str | dict[str, str] | None = None
     kv: str = "fp16"
+    draft: str | None = None
+    acceptance: float | None = None
+    """With a draft model; how many tokens it drafts is the knob `draft_length`."""
 
 
 class _Budget(Frozen):
@@ -226,7 +229,7 @@ def _plan(row: ReferenceRow, path: Path, plans: dict[str, Plan | SimmemError]) -
                 row.device, row.model, dram=row.budget.dram, vram=row.budget.vram, prompt=w.prompt_tokens,
                 new_tokens=w.new_tokens, batch=w.batch, weights=w.weights, kv=w.kv, trace=row.trace,
                 policy=row.policy, knobs=row.knobs, engine=engine, defaults=row.policy is not None,
-                relative_to=path.parent), brief=True)
+                draft=w.draft, acceptance=w.acceptance, relative_to=path.parent), brief=True)
         except SimmemError as error:
             plans[key] = error
     found = plans[key]

@@ -16,7 +16,7 @@ from simmem.planner.candidate import Candidate, blocks
 from simmem.planner.predict import placement_gap, predict
 from simmem.planner.question import ask
 from simmem.planner.ranking import choose, objective_value, search
-from simmem.policy.base import Block, policy_named
+from simmem.policy.base import Block, policy_named, why_not_plan
 from simmem.policy.check import check_policy
 from simmem.policy.context import Context
 from simmem.policy.families._tier_bound import least_rows
@@ -27,7 +27,7 @@ from simmem.schedule import Phase
 from simmem.sim.analytic import analytic
 from simmem.spec.device import load_device
 from simmem.spec.model import load_model
-from simmem.spec.workload import Workload
+from simmem.spec.workload import Draft, Workload
 from tests.strategies import devices, models, seeds
 
 Array = NDArray[np.float64]
@@ -163,14 +163,16 @@ def gap_of(best: Candidate, objective: str) -> float:
     return gap
 
 
-@given(st.data(), st.sampled_from(["fp16", "int4"]), st.integers(1, 12), st.integers(1, 6))
-def test_no_shares_beat_the_linear_programme(data: st.DataObject, weights: str, batch: int, new_tokens: int) -> None:
+@given(st.data(), st.sampled_from(["fp16", "int4"]), st.integers(1, 12), st.integers(1, 6), st.integers(0, 8))
+def test_no_shares_beat_the_linear_programme(data: st.DataObject, weights: str, batch: int, new_tokens: int,
+                                             drafted: int) -> None:
     """The rows at a placement are below its simulated time, and the programme's optimum below whatever fits."""
     device = data.draw(devices(two_sided=True), label="device")
-    workload = Workload(16, new_tokens + 1, batch, weights, "fp16")
+    draft = Draft(data.draw(models(), label="draft"), drafted, 0.7) if drafted else None
+    workload = Workload(16, new_tokens + 1, batch, weights, "fp16", draft=draft)
     context = Context(device, data.draw(models(), label="model"), workload, None,
                       {k: m.budget_bytes for k, m in device.memory.items()})
-    if not TIER.applies(context):  # type: ignore[attr-defined]
+    if why_not_plan(TIER, context) is not None:
         reject()
     rng = data.draw(seeds(), label="shares")
     gpu = TIER.knobs(context)[0].values[0]
@@ -193,8 +195,9 @@ def test_no_shares_beat_the_linear_programme(data: st.DataObject, weights: str, 
     fits = np.all([used <= context.budget_bytes[tier] for tier, used in TIER.footprint(context, block).items()], axis=0)
     for i in np.flatnonzero(fits).tolist():
         bound = TIER.report(context, block.only(np.array([i])), np.zeros(1, np.int64))["least_s"]
-        assert bound["step"] <= took[Phase.DECODE][i] * (1 + 1e-6)
-        assert bound["total"] <= (took[Phase.PREFILL] + new_tokens * took[Phase.DECODE])[i] * (1 + 1e-6)
+        token_s = took[Phase.DECODE][i] / workload.tokens_per_step
+        assert bound["step"] <= token_s * (1 + 1e-6)
+        assert bound["total"] <= (took[Phase.PREFILL][i] + new_tokens * token_s) * (1 + 1e-6)
 
 
 def _three(rng: np.random.Generator, spills: bool) -> tuple[float, float]:

@@ -145,7 +145,7 @@ def dense_report(context: Context, block: Block) -> dict[str, Any]:
 
 
 def _notes(context: Context, streamed_layers: Array) -> list[str]:
-    model, batch = context.model, context.workload.batch
+    model, together = context.model, context.workload.step_tokens
     experts = model.architecture.experts
     if experts is None:
         return []
@@ -153,8 +153,8 @@ def _notes(context: Context, streamed_layers: Array) -> list[str]:
     if streamed_layers.any():
         found.append(f"all {experts.count} experts of a layer are read for every token, which uses "
                      f"{experts.per_token}: expert-cache fetches only the chosen ones")
-    if batch > 1:
-        touched = touched_experts(experts.count, experts.per_token, batch)
-        found.append(f"routing is taken as uniform: the {batch} sequences then use {touched:.1f} of {experts.count} "
-                     "experts a layer; real routing is skewed and uses fewer")
+    if together > 1:
+        touched = touched_experts(experts.count, experts.per_token, together)
+        found.append(f"routing is taken as uniform: the {together} tokens of a step then use {touched:.1f} of "
+                     f"{experts.count} experts a layer; real routing is skewed and uses fewer")
     return found

@@ -237,8 +237,8 @@ def decode_step(context: Context, block: Block, rows: NDArray[np.int64]) -> Sche
             done = ops.chain(here.experts, deps=[*done, *arrived], layer=layer)
             done = ops.chain([here.beside[3]], deps=[*done, *joined], layer=layer)
     last = ops.op(head, deps=done, layer=a.n_layers)
-    if step is not None:
-        last = ops.op(step, deps=[last], layer=a.n_layers)
+    for what in step:
+        last = ops.op(what, deps=[last], layer=a.n_layers)
     return ops.build(last, _held(context, block, len(rows)))
 
 

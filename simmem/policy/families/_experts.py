@@ -76,7 +76,7 @@ def _most(context: Context, *, ahead: bool) -> int:
     asked = asked_a_layer_early(context.routing.trace) if ahead and context.routing is not None else None
     if asked is not None:
         return int(count(words_of(asked)).max())
-    return min(x.count, x.per_token * context.workload.batch)
+    return min(x.count, x.per_token * context.workload.step_tokens)
 
 
 def size_grid(context: Context) -> tuple[int, ...]:
@@ -142,7 +142,7 @@ def steady_tokens(context: Context, n: int) -> NDArray[np.int64]:
 def _expected(context: Context, sizes: NDArray[np.int64]) -> Array:
     """What a step misses, misses unasked and copies in the mean of all routing that might be drawn, (sizes, 3)."""
     x, layers, trace = experts_of(context), context.model.architecture.n_expert_layers, context.routed.trace
-    used = touched_experts(x.count, x.per_token, context.workload.batch) * layers
+    used = touched_experts(x.count, x.per_token, context.workload.step_tokens) * layers
     wrong = count(words_of(_asked(context)[:, 1:] & ~trace.active[:, 1:])).sum(axis=1).mean()
     each = np.array([used, used * (1.0 - RECALL * (layers - 1) / layers), used + wrong])
     return np.asarray((1.0 - sizes / x.count)[:, None] * each)
@@ -235,11 +235,11 @@ def computes_on_cpu(context: Context, block: Block) -> bool:
     helper = helper_of(context)
     if not block.structural["cpu_experts"] or helper is None:
         return False
-    agent, x, batch = context.agent(helper), experts_of(context), context.workload.batch
+    agent, x, together = context.agent(helper), experts_of(context), context.workload.step_tokens
     links = context.device.path(context.device.host, context.memory_of(str(block.structural["agent"])))
     copy_s = expert_bytes(context) / min(context.device.link[name].rate.value for name in links)
     params = context.model.expert_params
-    tokens = batch * x.per_token / touched_experts(x.count, x.per_token, batch)
+    tokens = together * x.per_token / touched_experts(x.count, x.per_token, together)
     peak = agent.computes_as(context.group_precision("experts"))
     assert peak is not None
     read_s = params * context.read_bytes_per_param(helper, "experts")[0] / (agent.rate.value * agent.rate_share.value)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from simmem.policy.context import Context
 from simmem.policy.families._tier_bytes import Layout
 from simmem.policy.families._tier_schedule import IN_SERIES, tier_schedule
-from simmem.schedule import DemandClass, OpKind, Phase, Schedule
+from simmem.schedule import DRAFT, DemandClass, OpKind, Phase, Schedule
 from simmem.spec.device import Agent
 
 __all__ = ["least_rows"]
@@ -46,30 +46,33 @@ def least_rows(context: Context, at: Layout, phase: Phase) -> list[Array]:
     streams = range(len(schedule.streams))
     rows = [took[schedule.op_stream[ops] == stream].sum(axis=0) for stream in streams]
     brought = [by_stage(of_weights & (schedule.op_stream[ops] == stream)) for stream in streams]
-    rows += [done.sum(axis=0), *_ways_through(done, [each for each in brought if each.any()], phase)]
+    ends = np.array([what.kind in (OpKind.SYNC, OpKind.DRAFT) for what in schedule.classes])[schedule.op_class[ops]]
+    rows += [done.sum(axis=0), *_ways_through(done, took[ends].sum(axis=0), [b for b in brought if b.any()], phase)]
     return list(np.unique(np.array(rows), axis=0))
 
 
-def _ways_through(done: Array, brought: list[Array], phase: Phase) -> list[Array]:
+def _ways_through(done: Array, after: Array, brought: list[Array], phase: Phase) -> list[Array]:
     """Ways through a step or prompt along which stages wait for their weights, each (n,). [s]
 
     Weights have two buffers: a stage's are asked for when the stage two before it is done.
 
     done : (n_stages, n) what a stage does one after another. [s]
+    after : (n,) what of that follows the head of a step: its fixed cost and a draft. [s]
     brought : per link, (n_stages, n) what its weights take over it. [s]
     """
     arrival = sum(brought, np.zeros_like(done))
     if phase is Phase.PREFILL:  # nothing has come before
         return [done.sum(axis=0) + arrival[0]]
-    # A step lasts from the end of the head to the end of the next. One of its stages waits for its weights, meanwhile
-    # only the stage before it is done.
+    # A step lasts from the end of the one before to its own. One of its stages waits for its weights, meanwhile only
+    # the stage before it is done; the second one's are on their way when the step before has its head done.
     rows = list(done.sum(axis=0) - done[:-1] + arrival[1:])
+    rows[0] = rows[0] - after
     # Every other stage waits for its weights.
     every = np.arange(len(done) - 1, 0, -2)
-    rows.append((done + arrival)[every].sum(axis=0) + (done[0] if len(done) % 2 else 0.0))
+    rows.append((done + arrival)[every].sum(axis=0) + (done[0] if len(done) % 2 else -after))
     # A link brings the weights of one stage after the other, from the second one's on, which the head's end makes room
     # for, to the head's.
-    return [*rows, *(each[1:].sum(axis=0) + done[-1] for each in brought)]
+    return [*rows, *(each[1:].sum(axis=0) + done[-1] - after for each in brought)]
 
 
 def _class_seconds(context: Context, schedule: Schedule) -> Array:
@@ -104,7 +107,8 @@ def _constant_s(what: DemandClass, agent: Agent, precision: str | None) -> float
         return agent.step_overhead.value
     if what.launch == "graph" and agent.graph_overhead is not None:
         return agent.graph_overhead.value
-    kernel = f"{'attention' if what.name == 'projections' else what.name}-{precision}"
+    does = what.name.removeprefix(DRAFT)
+    kernel = f"{'attention' if does == 'projections' else does}-{precision}"
     return agent.kernel_overhead.get(kernel, agent.op_overhead).value
 
 

@@ -127,8 +127,9 @@ def kv_batch_bytes(context: Context, n_batches: Array) -> Array:
 
 
 def hidden_bytes(context: Context) -> float:
-    """Hidden vectors of all prompt tokens between two layers. [B]"""
-    return context.activation_bytes(float(context.workload.prompt_tokens * context.workload.batch))
+    """Hidden vectors of all prompt tokens (or of a longer draft) between two layers. [B]"""
+    w = context.workload
+    return context.activation_bytes(float(max(w.prompt_tokens, 1 + w.draft_length) * w.batch))
 
 
 def _staging(context: Context, at: Layout) -> dict[str, list[tuple[str, Array]]]:

@@ -76,11 +76,11 @@ class _Parts:
     write: list[Demand]
     """And on to storage."""
     head: Demand
-    step: Demand | None
+    step: list[Demand]
 
 
 def _parts(context: Context, at: Layout, ops: Ops) -> _Parts:
-    model, device, workload = context.model, context.device, context.workload
+    model, device = context.model, context.device
     layers, n, decoding = model.architecture.n_layers, at.n_batches, ops.phase is Phase.DECODE
     fast, host, storage, cpu = context.memory_of(at.gpu), device.host, device.storage, context.host_agent
     from_storage, to_gpu, to_host = (device.path(*ends) for ends in ((storage, host), (host, fast), (fast, host)))
@@ -91,7 +91,7 @@ def _parts(context: Context, at: Layout, ops: Ops) -> _Parts:
     far = np.where(at.cpu_attention, at.kv.away, 0.0) if decoding and cpu else 0.0 * at.kv.away
     fetched = at.kv.away - far if decoding else 0.0 * far
     kv = ops.context_bytes / layers if decoding else 0.0
-    made = context.kv_token_bytes * workload.batch / layers if decoding else ops.context_bytes / layers
+    made = context.kv_token_bytes * ops.n_tokens / layers if decoding else ops.context_bytes / layers
     room = kv_batch_bytes(context, n) if decoding else 0.0
     vectors = context.activation_bytes(ops.n_tokens)  # of all sequences
     # With one GPU batch a layer waits for the activations of the one before; with several they come meanwhile.
@@ -131,11 +131,11 @@ def _parts(context: Context, at: Layout, ops: Ops) -> _Parts:
         ops.move("activations out", at.hidden.away * waits, to_host),
         ops.move("made", np.where(far > 0, 0.0, at.kv.away) * made + at.hidden.away * meanwhile, to_host, copies=n),
         ops.move("made", at.kv.storage * made + at.hidden.storage * vectors, to_storage) if to_storage else [],
-        ops.compute("head", OpKind.COMPUTE, at.gpu, 2.0 * workload.batch * model.head_params,
+        ops.compute("head", OpKind.COMPUTE, at.gpu, 2.0 * ops.n_outputs * model.head_params,
                     ops.head_bytes(at.gpu) * n, HEAD_KERNELS * n,
                     precision=context.group_precision("embedding" if model.architecture.tied_head else "head"),
                     release=_done(context, at, len(stages) - 1)),
-        ops.step(at.gpu) if decoding else None)
+        ops.step(at.gpu) if decoding else [])
 
 
 def _early_shares(ops: Ops, at: Layout, far: Array, to_gpu: tuple[str, ...], to_host: tuple[str, ...]) -> list[Array]:
@@ -149,7 +149,7 @@ def _early_shares(ops: Ops, at: Layout, far: Array, to_gpu: tuple[str, ...], to_
     projecting = read / (gpu.rate.value * gpu.rate_share.value)
     if precision is not None:
         projecting = np.maximum(projecting, flop / (gpu.flop_per_s[precision].value * gpu.flop_share.value))
-    sent = context.kv_token_bytes * context.workload.batch / layers + context.activation_bytes(ops.n_tokens)
+    sent = context.kv_token_bytes * ops.n_tokens / layers + context.activation_bytes(ops.n_tokens)
     rate = cpu.rate.value * cpu.rate_share.value if cpu.attention_rate is None else cpu.attention_rate.value
     until = projecting + far * (sent / _slowest(device, to_host) + ops.context_bytes / layers / rate)
     found = []
@@ -307,8 +307,8 @@ def tier_schedule(context: Context, at: Layout, phase: Phase, n_tokens: int) -> 
             stored = ops.chain(parts.store, deps=[asked], token=token, layer=layer)
             kept = ops.chain(parts.write, deps=[*stored, *sent], token=token, layer=layer)
         assert last is not None
-        if parts.step is not None:
-            last = ops.op(parts.step, deps=[last], token=token, layer=n_layers)
+        for what in parts.step:
+            last = ops.op(what, deps=[last], token=token, layer=n_layers)
         if token < n_tokens - 1:
             ops.builder.end_token(last)
     assert last is not None

@@ -124,13 +124,13 @@ class FlashWindow:
         return context.unit_bytes * context.model.architecture.d_ff * context.model.architecture.n_layers
 
     def _lookup_bytes(self, context: Context) -> float:
-        """One row of that embedding per sequence, rounded up to whole blocks. [B]"""
+        """One row of that embedding per token, rounded up to whole blocks. [B]"""
         a, link = context.model.architecture, context.storage_link[1]
         if a.tied_head:
             return 0.0
         block_bytes = link.block.value if link.block else 1.0
         row = context.group_bytes["embedding"] / a.vocab
-        return float(context.workload.batch * np.ceil(row / block_bytes) * block_bytes)
+        return float(context.workload.step_tokens * np.ceil(row / block_bytes) * block_bytes)
 
     def _streamed(self, context: Context, block: Block, *, neurons: bool = False) -> tuple[Array, Array]:
         """Bytes read in sequence per layer and for the head; with `neurons` the whole FFN too. [B]"""
@@ -391,7 +391,7 @@ class FlashWindow:
         asked = cache.new_units[0][rows].sum(axis=1) if none else context.table.active_units[rows].sum(axis=1)
         layer, head = self._streamed(context, block)  # without a predictor these are all that is read
         a = context.model.architecture
-        rows_bytes = 0.0 if a.tied_head else context.workload.batch * context.group_bytes["embedding"] / a.vocab
+        rows_bytes = 0.0 if a.tied_head else context.workload.step_tokens * context.group_bytes["embedding"] / a.vocab
         missed = 0.0 if none else float(new.mean() * context.unit_bytes)
         requested = float(missed + layer[0] * a.n_layers + head[0] + rows_bytes)
         knob = int(block.columns["window_tokens"][0])

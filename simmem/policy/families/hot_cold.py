@@ -146,10 +146,10 @@ class HotCold:
         return untied + context.group_bytes.get("positions", 0.0)
 
     def _attention_share(self, context: Context, predictor: str) -> float:
-        """Share of the heads that a step uses, its sequences together; all where nothing is known of it."""
+        """Share of the heads that a step uses, its tokens together; all where nothing is known of it."""
         if predictor == "none":
             return 1.0
-        return float(1.0 - (1.0 - context.attention_active_share) ** context.workload.batch)
+        return float(1.0 - (1.0 - context.attention_active_share) ** context.workload.step_tokens)
 
     def _table(self, context: Context, predictor: str) -> HotTable:
         """Classes of neurons, of those that the predictor asks for."""
@@ -294,9 +294,8 @@ class HotCold:
         ops, last = decode_ops(known, self._parts(known, block, split, len(rows)), near_rows=near, far_rows=far,
                                heads_used=self._attention_share(context, predictor), predictor_params=params)
         last = ops.op(ops.head(ops.agents[0]), deps=[last], layer=len(near))
-        step = ops.step(ops.agents[0])
-        if step is not None:
-            last = ops.op(step, deps=[last], layer=len(near))
+        for what in ops.step(ops.agents[0]):
+            last = ops.op(what, deps=[last], layer=len(near))
         return ops.build(last, self._held(context, block, split, len(rows)))
 
     def prefill(self, context: Context, block: Block) -> Schedule:

@@ -128,9 +128,8 @@ class LayerSplit:
         for agent, share in ((gpu, computed[-1]), (host, 1.0 - computed[-1])):
             waited = (ops.op(ops.head(agent, share), deps=waited, layer=n_layers),)
         last = waited[0]
-        step = ops.step(gpu) if phase is Phase.DECODE else None
-        if step is not None:
-            last = ops.op(step, deps=[last], layer=n_layers)
+        for what in ops.step(gpu) if phase is Phase.DECODE else []:
+            last = ops.op(what, deps=[last], layer=n_layers)
         assert last is not None
         near_held, far_held = (np.repeat(held, n_rows) for held in self._held(context, block))
         return ops.build(last, {vram: near_held, dram: far_held})
@@ -142,7 +141,7 @@ class LayerSplit:
         if stage == 0:  # the embedding's rows are small, and no engine waits for them
             return waited
         before, now = computed[stage - 1], computed[stage]
-        tokens = ops.n_tokens if stage < len(computed) - 1 else ops.context.workload.batch
+        tokens = ops.n_tokens if stage < len(computed) - 1 else ops.n_outputs
         for source, target, crossing in ((dram, vram, now > before), (vram, dram, now < before)):
             moves = ops.hidden("hidden", source, target, tokens * crossing, precision="fp32")
             waited = ops.chain(moves, deps=waited, layer=stage)

@@ -184,7 +184,7 @@ def _schedule(context: Context, block: Block, n_rows: int, phase: Phase, n_token
     feed = [ops.feed(agent, layers.names[kind], ops.n_tokens, release={memory: streamed[layer]})
             for layer, kind in enumerate(layers.kind)]
     head = ops.head(agent, release={memory: streamed[n_layers]}, waits=waits[n_layers])
-    step = ops.step(agent) if phase is Phase.DECODE else None
+    step = ops.step(agent) if phase is Phase.DECODE else []
     n_stages = n_layers + 1
     computed: list[int] = []
     arrived: dict[int, tuple[int | None, ...]] = {}
@@ -214,8 +214,8 @@ def _schedule(context: Context, block: Block, n_rows: int, phase: Phase, n_token
             if phase is Phase.DECODE and buffers > 1:
                 fetch(stage + buffers - 1)
         assert last is not None
-        if step is not None:
-            last = ops.op(step, deps=[last], token=token, layer=n_layers)
+        for what in step:
+            last = ops.op(what, deps=[last], token=token, layer=n_layers)
         if token < n_tokens - 1:
             ops.builder.end_token(last)
     assert last is not None

@@ -214,7 +214,7 @@ def _problems(context: Context, gpu: str, ways: Sequence[tuple[int, bool]]) -> l
     in storage, and what each share adds to them."""
     basis = np.zeros((7, 3, 2))
     basis[1:] = np.eye(6).reshape(6, 3, 2) * 100.0
-    n, new = len(basis), context.workload.new_tokens
+    n, steps = len(basis), context.workload.decode_steps
     columns = {name: np.tile(basis[:, i], (len(ways), 1)) for i, name in enumerate(PERCENTS)}
     at = layout(context, Block({"agent": gpu}, {
         **columns, "n_gpu_batches": np.repeat([batches for batches, _ in ways], n),
@@ -223,7 +223,7 @@ def _problems(context: Context, gpu: str, ways: Sequence[tuple[int, bool]]) -> l
     prompt, decode = least_rows(context, at, Phase.PREFILL), least_rows(context, at, Phase.DECODE)
     spills = _writes(context)
     return [TierProblem(
-        tuple(_affine(row[i: i + n]) for row in prompt), tuple(_affine((new - 1) * row[i: i + n]) for row in decode),
+        tuple(_affine(row[i: i + n]) for row in prompt), tuple(_affine(steps * row[i: i + n]) for row in decode),
         tuple((_affine(used[tier][i: i + n]), context.budget_bytes[tier] * ROUNDING) for tier in used),
         (True, spills, spills))
         for i in range(0, n * len(ways), n)]
@@ -276,8 +276,8 @@ def _placed(context: Context, block: Block, fixed: Mapping[str, object]) -> Bloc
 
 
 def _least_s(context: Context, block: Block) -> dict[str, float]:
-    """What no shares on the tiers beat with the GPU batches of a block of one candidate, (1,): a decode step ("step"),
-    and the prompt with all decode steps ("total"). [s]"""
+    """What no shares on the tiers beat with the GPU batches of a block of one candidate, (1,): a decode step for each
+    token that it yields ("step"), and the prompt with all decode steps ("total"). [s]"""
     at, new = layout(context, block), context.workload.new_tokens
     way = int(at.n_batches[0]), bool(at.cpu_attention[0])
     known = _ways(context, at.gpu)

@@ -32,7 +32,13 @@ def emission(plan: Plan, question: Question, engine: str) -> Plan:
     """The plan with what makes an engine do it."""
     check_engine_name(engine)
     asked = Asked(plan, question.context(plan.workload.weights))
-    return plan.model_copy(update={"emit": ENGINES[engine](asked)})
+    found = ENGINES[engine](asked)
+    if plan.workload.draft_length:
+        found = found.model_copy(update={
+            "realises": "no" if found.realises == "no" else "nearest",
+            "cannot": [*found.cannot, f"draft with {plan.workload.draft}: simmem knows no settings for that, so a step "
+                                      "yields one token"]})
+    return plan.model_copy(update={"emit": found})
 
 
 def print_emission(emit: Emission) -> None:

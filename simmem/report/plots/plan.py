@@ -13,6 +13,7 @@ from simmem.planner.document import Alternative, Plan
 from simmem.planner.predict import timelines
 from simmem.planner.question import Question
 from simmem.policy.base import policy_named
+from simmem.policy.drafting import drafted
 from simmem.report.plots.style import (
     GREY,
     INK,
@@ -38,12 +39,12 @@ __all__ = ["plot_plan"]
 
 _COLOURS = {
     OpKind.IO: PALETTE[0], OpKind.TRANSFER: PALETTE[5], OpKind.MEMORY: PALETTE[4], OpKind.COMPUTE: PALETTE[2],
-    OpKind.PREDICTOR: PALETTE[3], OpKind.SYNC: PALETTE[6],
+    OpKind.PREDICTOR: PALETTE[3], OpKind.SYNC: PALETTE[6], OpKind.DRAFT: PALETTE[1],
 }
 _WORDS = {
     OpKind.IO: "reading from storage", OpKind.TRANSFER: "copying over the host link",
     OpKind.MEMORY: "cache upkeep", OpKind.COMPUTE: "computing", OpKind.PREDICTOR: "predicting neurons",
-    OpKind.SYNC: "fixed costs of a step",
+    OpKind.SYNC: "fixed costs of a step", OpKind.DRAFT: "drafting tokens",
 }
 _DARK = (OpKind.IO, OpKind.COMPUTE, OpKind.SYNC)
 """Bars that white letters are read on."""
@@ -83,7 +84,8 @@ def plot_plan(path: Path, plan: Plan, question: Question) -> None:
 
 def _steady_step(plan: Plan, question: Question) -> Timeline:
     """The event engine's run of the plan on the median token of its trace."""
-    context, policy = question.context(plan.workload.weights), policy_named(plan.policy.name)
+    context = question.context(plan.workload.weights)
+    policy = drafted(policy_named(plan.policy.name), context)
     (block,) = blocks(policy, context, plan.policy.knobs)  # a plan names every knob
     return timelines(Candidate(context, policy, block), stratified_rows(context, policy, 1))[0]
 

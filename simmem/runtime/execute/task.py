@@ -197,6 +197,9 @@ def task_of(candidate: Candidate, n_tokens: int) -> Task:
     name, context = candidate.policy.name, candidate.context
     if name not in RUNNABLE:
         raise SpecError(f"found {name!r}, but only {', '.join(RUNNABLE)} can be run", key="policy.name")
+    if context.workload.draft_length:
+        raise SpecError(f"found {context.workload.draft_length}, expected 0: plans with a draft model cannot be run",
+                        key="workload.draft_length")
     if context.workload.batch != 1:
         raise SpecError(f"found {context.workload.batch}, but only a single sequence can be run", key="workload.batch")
     knobs, context = candidate.knobs, _known(candidate)
