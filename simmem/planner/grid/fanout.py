@@ -5,8 +5,9 @@ Whoever answers, the outcome of a cell is the same, and it is handed over as soo
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+import warnings
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,9 @@ from simmem.planner.grid.spec import Cell
 __all__ = ["BACKENDS", "check_backend", "outcomes"]
 
 BACKENDS = ("loky", "dask")
+Task = tuple[int, tuple[str, str, str, str, str]]
+"""A cell's place and what `answer_cell` is told."""
+Numbered = Generator[tuple[int, str], None, None]
 _KINDS = {kind.__name__: kind for kind in (SpecError, TraceError, MachineError)}
 
 
@@ -57,21 +61,24 @@ def outcomes(cells: Sequence[Cell], folder: Path, file: str, stamp: str, *, jobs
                                            str(c.question.weights), c.question.device))
     where = str(folder.resolve())
     tasks = [(index, (c.question.model_dump_json(), where, c.id, file, stamp)) for index, c in enumerate(ordered)]
-    if jobs == 1 and backend == "loky":
-        found = ((index, answer_cell(*task)) for index, task in tasks)
-    else:
-        found = _joblib(tasks, jobs, backend, scheduler)
-    for index, text in found:
-        cell = ordered[index]
-        _check(cell, CellOutcome.model_validate_json(text), where)
-        yield cell, text
+    alone = jobs == 1 and backend == "loky"
+    with closing(_here(tasks) if alone else _joblib(tasks, jobs, backend, scheduler)) as found:
+        for index, text in found:
+            cell = ordered[index]
+            _check(cell, CellOutcome.model_validate_json(text), where)
+            yield cell, text
+
+
+def _here(tasks: list[Task]) -> Numbered:
+    for index, task in tasks:
+        yield _numbered(index, task)
 
 
 def _numbered(index: int, task: tuple[str, str, str, str, str]) -> tuple[int, str]:
     return index, answer_cell(*task)
 
 
-def _joblib(tasks: list[Any], jobs: int, backend: str, scheduler: str | None) -> Iterator[tuple[int, str]]:
+def _joblib(tasks: list[Task], jobs: int, backend: str, scheduler: str | None) -> Numbered:
     from joblib import Parallel, delayed, parallel_config
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
@@ -82,13 +89,19 @@ def _joblib(tasks: list[Any], jobs: int, backend: str, scheduler: str | None) ->
         else:
             # One thread each: processes are the parallelism, and sums keep their order.
             stack.enter_context(parallel_config("loky", inner_max_num_threads=1))
+        found = Parallel(n_jobs=jobs, batch_size=1, return_as="generator_unordered")(
+            delayed(_numbered)(index, task) for index, task in tasks)
         try:
-            yield from Parallel(n_jobs=jobs, batch_size=1, return_as="generator_unordered")(
-                delayed(_numbered)(index, task) for index, task in tasks)
+            for one in found:  # noqa: UP028 - `yield from` would close it where its warning is not caught
+                yield one
         except BrokenProcessPool as error:
             raise MachineError(_died(str(error)), key="--jobs") from None
         except _lost_errors(backend) as error:
             raise MachineError(_died(str(error)), key="--backend") from None
+        finally:
+            with warnings.catch_warnings():  # joblib tells whoever stops early of tasks that are cancelled
+                warnings.simplefilter("ignore")
+                found.close()
 
 
 def _died(why: str) -> str:

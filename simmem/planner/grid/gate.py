@@ -56,31 +56,31 @@ def judge(answered: Sequence[tuple[Cell, CellOutcome]], spec_file: Path, baselin
 
 def _judged(cell: Cell, outcome: CellOutcome, before: BaselineCell | None, changed: Sequence[ChangedInput],
             baseline: Baseline | None) -> SearchCell:
-    moved = _moved(cell, outcome, before, changed)
     plan = outcome.plan
+    given, chosen = _inputs_moved(cell, outcome, before, changed), _choices_moved(outcome, before)
+    since = _since(given, chosen, before, baseline)
     if plan is None:
         violations = [] if cell.expect != "feasible" else [Violation(
             limit="feasible", figure=None, value=None, allowed=None,
-            cause=_because(outcome.infeasible or "nothing fits", moved if before and before.feasible else [], before,
-                           baseline))]
+            cause=_joined(outcome.infeasible or "nothing fits", since if before and before.feasible else None))]
     else:
-        violations = _against_limits(cell, outcome, plan, moved)
+        violations = _against_limits(cell, outcome, plan, since if given or chosen else None)
         if cell.expect == "infeasible":
-            violations.append(Violation(limit="infeasible", figure=None, value=None, allowed=None, cause=_because(
+            violations.append(Violation(limit="infeasible", figure=None, value=None, allowed=None, cause=_joined(
                 f"nothing was expected to fit, and {plan.policy.name} at {plan.workload.label} does",
-                moved if before and not before.feasible else [], before, baseline)))
-        if before is not None and before.feasible and baseline is not None:
-            violations += _regressions(cell, outcome, before, moved, baseline)
+                since if before and not before.feasible else None)))
+        if before is not None and before.feasible:
+            violations += _regressions(cell, outcome, before, since)
     status = "infeasible" if plan is None else "fail" if violations else "pass"
     return SearchCell.model_validate({
         "id": cell.id, "status": status, "question": cell.question, "expect": cell.expect,
         "limits": {k: v for k in LIMITS if (v := getattr(cell.limits, k)) is not None}, "plan": plan,
         "infeasible": outcome.infeasible, "tier": outcome.tier, "missing_bytes": outcome.missing_bytes,
-        "violations": violations, "changes": [*moved, *_latency_change(outcome, before)],
+        "violations": violations, "changes": [*given, *chosen, *_latency_change(outcome, before)],
         "compared_with": before.id if before else None})
 
 
-def _against_limits(cell: Cell, outcome: CellOutcome, plan: Plan, moved: Sequence[str]) -> list[Violation]:
+def _against_limits(cell: Cell, outcome: CellOutcome, plan: Plan, since: str | None) -> list[Violation]:
     figures, limits, p = outcome.figures, cell.limits, plan.predicted
     part, seconds = max(p.breakdown_s.items(), key=lambda one: one[1])
     share = format_quantity(seconds / p.token_latency_s if p.token_latency_s else 0.0, "ratio")
@@ -109,14 +109,11 @@ def _against_limits(cell: Cell, outcome: CellOutcome, plan: Plan, moved: Sequenc
                 f"{why}" if value is not None else
                 f"cannot be judged: {'energy' if limit == 'max_energy' else 'quality'} of this plan has no sourced "
                 "figure")
-        if moved:
-            text = f"{text}; since the baseline: {', '.join(moved)}"
-        found.append(Violation(limit=limit, figure=figure, value=value, allowed=allowed, cause=text))
+        found.append(Violation(limit=limit, figure=figure, value=value, allowed=allowed, cause=_joined(text, since)))
     return found
 
 
-def _regressions(cell: Cell, outcome: CellOutcome, before: BaselineCell, moved: Sequence[str], baseline: Baseline
-                 ) -> list[Violation]:
+def _regressions(cell: Cell, outcome: CellOutcome, before: BaselineCell, since: str | None) -> list[Violation]:
     """Figures that are worse than in the baseline by more than is allowed; fewer tokens a second are worse."""
     most = cell.limits.max_regress
     assert most is not None  # the search file gives one to every cell
@@ -133,41 +130,55 @@ def _regressions(cell: Cell, outcome: CellOutcome, before: BaselineCell, moved: 
         change = f" ({100 * (now / was - 1):+.1f} %, allowed {'−' if falls else '+'}{format_quantity(most, 'ratio')})"
         text = f"{words}: {_number(was, dimension)} → {_number(now, dimension)}{change if was else ''}"
         found.append(Violation(limit="max_regress", figure=figure, value=now, allowed=allowed,
-                               cause=_because(text, moved, before, baseline)))
+                               cause=_joined(text, since)))
     return found
 
 
-def _because(text: str, moved: Sequence[str], before: BaselineCell | None, baseline: Baseline | None) -> str:
-    if moved:
-        return f"{text}; since the baseline: {', '.join(moved)}"
+def _joined(text: str, since: str | None) -> str:
+    return text if since is None else f"{text}; {since}"
+
+
+def _since(given: Sequence[str], chosen: Sequence[str], before: BaselineCell | None, baseline: Baseline | None
+           ) -> str | None:
+    """What is different since the baseline, in words: what was asked and rests on, then what the planner made of it."""
     if before is None or baseline is None:
-        return text
-    if baseline.simmem != __version__:
-        return f"{text}; same inputs, policy, knobs and bound: simmem {baseline.simmem} → {__version__}"
-    return f"{text}; same inputs, policy, knobs and bound: simmem's own code, or its environment, predicts otherwise"
+        return None
+    if given:
+        return f"since the baseline: {', '.join([*given, *chosen])}"
+    code = (f"simmem {baseline.simmem} → {__version__}" if baseline.simmem != __version__ else
+            "simmem's own code or its environment answers otherwise")
+    return f"from the same inputs, {code}: {', '.join(chosen) or 'same policy, knobs and bound'}"
 
 
-def _moved(cell: Cell, outcome: CellOutcome, before: BaselineCell | None, changed: Sequence[ChangedInput]
-           ) -> list[str]:
-    """What is different since the baseline, causes first: inputs, budget, then the plan's choices, then the bound."""
+def _inputs_moved(cell: Cell, outcome: CellOutcome, before: BaselineCell | None, changed: Sequence[ChangedInput]
+                  ) -> list[str]:
+    """Device, model and trace, and what was asked: budget, knobs that are held, limits on quality."""
     if before is None:
         return []
-    found: list[str] = []
-    q, plan = cell.question, outcome.plan
-    trace = plan.trace if plan else None
+    q = cell.question
     mine = ("device", q.device), ("model", q.model)
-    found += [f"{one.what} {one.name} changed ({'; '.join(one.changes)})" for one in changed
-              if (one.what, one.name) in mine]
+    found = [f"{one.what} {one.name} changed ({'; '.join(one.changes)})" for one in changed
+             if (one.what, one.name) in mine]
+    trace = outcome.plan.trace if outcome.plan else None
     if trace is not None and before.trace is not None and trace.digest != before.trace:
         found.append(f"trace {trace.name} changed ({before.trace[:12]} → {trace.digest[:12]})")
     for name in type(q).model_fields:
         was, now = getattr(before.question, name), getattr(q, name)
-        if was != now:
+        if was != now and name != "knobs":
             found.append(f"{name} {_plain(was)} → {_plain(now)}")
-    if before.feasible and plan is None:
-        return [*found, f"{before.policy} no longer fits"]
-    if plan is None or not before.feasible:
-        return found
+    return found + [f"held knob {key} {_plain(before.question.knobs.get(key))} → {_plain(q.knobs.get(key))}"
+                    for key in sorted({*before.question.knobs, *q.knobs})
+                    if _value(before.question.knobs.get(key)) != _value(q.knobs.get(key))]
+
+
+def _choices_moved(outcome: CellOutcome, before: BaselineCell | None) -> list[str]:
+    """Precision, policy or knobs, and the bound that no policy beats."""
+    plan = outcome.plan
+    if before is None or not before.feasible:
+        return []
+    if plan is None:
+        return [f"{before.policy} no longer fits"]
+    found: list[str] = []
     now_weights = weights_label(plan.workload.weights, plan.workload.mixed)
     if before.weights != now_weights:
         found.append(f"weights {before.weights} → {now_weights}")
