@@ -19,10 +19,11 @@ MOST_ROWS = 200
 def print_search(found: SearchDocument) -> None:
     """Print cells, what broke and why, and which inputs are not what they were."""
     console = new_console()
-    table = new_table("cell", "policy", "a token", "tokens/s", "held", "status", left=2)
+    table = new_table("cell", "status", "policy", "a token", "tokens/s", "held", left=3)
+    table.columns[0].min_width, table.columns[1].no_wrap = 26, True
     for cell in _shown(found):
         word, style = _status(cell)
-        table.add_row(cell.id, *_figures(cell), Text(word, style=STYLES[style]))
+        table.add_row(cell.id, Text(word, style=STYLES[style]), *_figures(cell))
     section(console, f"{_title(found)}{_first_of(found)}", table)
     for cell in found.broken:
         console.print(Text(f"{cell.id}", style=STYLES["broken"]))
@@ -54,16 +55,17 @@ def _title(found: SearchDocument) -> str:
 def _status(cell: SearchCell) -> tuple[str, str]:
     if cell.violations:
         return cell.status, "broken"
-    return (cell.status, "pass") if cell.status == "pass" else ("infeasible, as expected", "expected")
+    return (cell.status, "pass") if cell.status == "pass" else ("expected", "expected")
 
 
 def _figures(cell: SearchCell) -> tuple[str, str, str, str]:
     plan = cell.plan
     if plan is None:
         return "-", "-", "-", "-"
-    held = ", ".join(f"{format_quantity(use.used_bytes, 'bytes')} {tier}" for tier, use in plan.memory.items()
-                     if use.used_bytes and tier != "storage")
-    return (f"{plan.policy.name}, {plan.workload.label}", format_quantity(plan.predicted.token_latency_s, "s"),
+    held = ", ".join(f"{format_quantity(value, 'bytes')} {key.removeprefix('memory.')}"
+                     for key, value in cell.figures.items() if key.startswith("memory.") and value)
+    searched = "" if cell.question.weights else f", {plan.workload.label}"  # else the cell's name says it
+    return (f"{plan.policy.name}{searched}", format_quantity(plan.predicted.token_latency_s, "s"),
             f"{plan.predicted.tokens_per_s:.3g}", held)
 
 
@@ -137,9 +139,9 @@ def markdown_of(found: SearchDocument) -> str:
         lines.append("")
     lines += [f"- {_md(line)}" for line in _notes(found)]
     lines += [*([""] if _notes(found) else []), f"<details><summary>{_md(_title(found))}</summary>", "",
-              "| cell | policy | a token | tokens/s | held | status |", "|---|---|--:|--:|---|---|"]
+              "| cell | status | policy | a token | tokens/s | held |", "|---|---|---|--:|--:|---|"]
     for cell in _shown(found):
-        lines.append("| " + " | ".join([f"`{_md(cell.id)}`", *map(_md, _figures(cell)), _status(cell)[0]]) + " |")
+        lines.append("| " + " | ".join([f"`{_md(cell.id)}`", _status(cell)[0], *map(_md, _figures(cell))]) + " |")
     return "\n".join([*lines, "", "</details>", ""])
 
 

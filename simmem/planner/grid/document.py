@@ -58,6 +58,8 @@ class SearchCell(_Part):
     expect: Expected
     limits: dict[str, float]
     plan: Plan | None
+    figures: dict[str, float]
+    """What limits and the baseline are about: seconds, rates, joules, bytes held outside storage."""
     infeasible: str | None
     """Why there is no plan."""
     tier: str | None

@@ -75,8 +75,9 @@ def _judged(cell: Cell, outcome: CellOutcome, before: BaselineCell | None, chang
     return SearchCell.model_validate({
         "id": cell.id, "status": status, "question": cell.question, "expect": cell.expect,
         "limits": {k: v for k in LIMITS if (v := getattr(cell.limits, k)) is not None}, "plan": plan,
-        "infeasible": outcome.infeasible, "tier": outcome.tier, "missing_bytes": outcome.missing_bytes,
-        "violations": violations, "changes": [*given, *chosen, *_latency_change(outcome, before)],
+        "figures": outcome.figures, "infeasible": outcome.infeasible, "tier": outcome.tier,
+        "missing_bytes": outcome.missing_bytes, "violations": violations,
+        "changes": [*given, *chosen, *_latency_change(outcome, before)],
         "compared_with": before.id if before else None})
 
 
