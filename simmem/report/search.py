@@ -20,7 +20,7 @@ def print_search(found: SearchDocument) -> None:
     """Print cells, what broke and why, and which inputs are not what they were."""
     console = new_console()
     table = new_table("cell", "status", "policy", "a token", "tokens/s", "held", left=3)
-    table.columns[0].min_width, table.columns[1].no_wrap = 26, True
+    table.columns[0].min_width, table.columns[1].no_wrap, table.columns[-1].no_wrap = 22, True, False
     for cell in _shown(found):
         word, style = _status(cell)
         table.add_row(cell.id, Text(word, style=STYLES[style]), *_figures(cell))

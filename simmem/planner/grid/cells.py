@@ -228,8 +228,9 @@ def _found(q: CellQuestion, folder: str) -> dict[str, Any]:
 
 def _figures(plan: Plan, device: Device) -> dict[str, float]:
     p = plan.predicted
+    held = {f"memory.{tier}": use.used_bytes for tier, use in sorted(plan.memory.items())
+            if device.memory[tier].kind != "storage"}
     found = {"token_latency_s": p.token_latency_s, "first_token_s": p.first_token_s, "tokens_per_s": p.tokens_per_s,
              "energy_j_per_token": p.energy_j_per_token, "perplexity_ratio": plan.quality.perplexity_ratio,
-             **{f"memory.{tier}": use.used_bytes for tier, use in sorted(plan.memory.items())
-                if device.memory[tier].kind != "storage"}}
+             "held_bytes": sum(held.values()), **held}
     return {name: value for name, value in found.items() if value is not None}
