@@ -12,6 +12,7 @@ import sqlite3
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
@@ -22,9 +23,10 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from simmem.planner.grid.spec import load_search
 from simmem.policy.base import policy_named
 from simmem.spec.library import resolve
-from tests.cli.running import Simmem
+from tests.cli.running import Simmem, problems_of
 
 ROOT = Path(__file__).parents[2]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -189,6 +191,36 @@ def test_each_limit_gates(project: Project, limit: str, says: str) -> None:
     assert one["value"] != one["allowed"] and found["cells"][0]["limits"][name] == one["allowed"]
 
 
+def test_energy_gates_where_it_is_known(project: Project) -> None:
+    project.spec.write_text(SPEC.partition("[[grid]]")[0] + """limits = { max_energy = "1 uJ" }
+[[grid]]
+devices = ["h100-sxm"]
+models = ["opt-125m"]
+workloads = [{ prompt_tokens = 16, new_tokens = 4, weights = "fp16" }]
+policies = ["resident"]
+""")
+    [cause] = causes(project.run(code=1), "max_energy")
+    assert "allowed at most 1 µJ" in cause
+
+
+def test_a_changed_model_or_trace_is_always_reported(project: Project) -> None:
+    model, law = project.folder / "small.toml", project.folder / "law.toml"
+    shutil.copy(resolve("model", "opt-125m"), model)
+    shutil.copy(resolve("trace", "opt-published"), law)
+    project.change(project.spec, 'models = ["opt-125m"]', 'models = ["small.toml"]\ntrace = "law.toml"')
+    project.change(project.spec, 'policies = [{ policy = "stream", knobs = { agent = "gpu" } }]',
+                   'policies = ["flash-window"]\nlimits = { max_regress = "1000 %" }')
+    project.save()
+    project.change(model, "OPT 125M", "OPT 125M, again")
+    found = project.run(code=0)
+    [changed] = found["changed_inputs"]
+    assert changed["what"] == "model" and changed["changes"] == ["title OPT 125M → OPT 125M, again"]
+    project.change(law, "value = 0.1074", "value = 0.15")
+    found = project.run(code=0)
+    assert {one["what"] for one in found["changed_inputs"]} == {"model", "trace"}
+    assert all("trace opt-published changed" in " ".join(cell["changes"]) for cell in found["cells"])
+
+
 def test_a_quality_limit_leaves_out_what_nobody_measured(project: Project) -> None:
     project.change(project.spec, "[[grid]]", '[limits]\nmax_quality_loss = "5 %"\n[[grid]]')
     found = project.run(code=1)
@@ -241,6 +273,15 @@ def test_a_wrong_search_file_is_one_clear_line(project: Project, old: str, new: 
     project.change(project.spec, old, new)
     error = project.fails()
     assert error["file"] == str(project.spec) and error["key"] == key and says in error["message"]
+
+
+def test_the_schema_allows_what_the_docs_show(tmp_path: Path) -> None:
+    shown = (ROOT / "docs" / "search.md").read_text(encoding="utf-8").split("```toml\n")[1].partition("```")[0]
+    (tmp_path / "shown.toml").write_text(shown, encoding="utf-8")
+    assert len(load_search(tmp_path / "shown.toml")[1]) == 2 * 4 * 3 * 3
+    for text in (shown, (EXAMPLES / "search.toml").read_text(encoding="utf-8"), SPEC):
+        assert problems_of(tomllib.loads(text), "search-spec") == []
+    assert problems_of(tomllib.loads(shown.replace('"300 ms"', "0.3")), "search-spec") != []
 
 
 # --- what is written -----------------------------------------------------------------------------------------------

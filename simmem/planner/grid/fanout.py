@@ -6,7 +6,7 @@ Whoever answers, the outcome of a cell is the same, and it is handed over as soo
 from __future__ import annotations
 
 import warnings
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -45,7 +45,7 @@ def check_backend(jobs: int, backend: str, scheduler: str | None) -> None:
 
 
 def outcomes(cells: Sequence[Cell], folder: Path, file: str, stamp: str, *, jobs: int = 1, backend: str = "loky",
-             scheduler: str | None = None) -> Iterator[tuple[Cell, str]]:
+             scheduler: str | None = None) -> Generator[tuple[Cell, str], None, None]:
     """Each cell with its outcome as JSON, in the order in which they are finished.
 
     Cells of one model and device are asked one after the other, so that a process finds what they share.

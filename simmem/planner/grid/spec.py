@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StrictInt, StrictStr, field_validator, model_validator
+from pydantic import BeforeValidator, Field, StrictInt, StrictStr, WithJsonSchema, field_validator, model_validator
 
 from simmem.errors import SimmemError, SpecError
 from simmem.spec.base import Frozen, load_toml, validate
@@ -34,11 +34,20 @@ def _one_or_more(given: object) -> object:
     return tuple(given) if isinstance(given, (list, tuple)) else (given,)
 
 
-Names = Annotated[tuple[StrictStr, ...], BeforeValidator(_one_or_more), Field(min_length=1, max_length=10_000)]
+def _written_as(*kinds: str) -> WithJsonSchema:
+    """In the schema of the file: one of these, or a list of them."""
+    each = [{"type": kind} for kind in kinds]
+    return WithJsonSchema({"anyOf": [*each, {"type": "array", "minItems": 1, "items": {"anyOf": each}}]}, "validation")
+
+
+Names = Annotated[tuple[StrictStr, ...], BeforeValidator(_one_or_more), Field(min_length=1, max_length=10_000),
+                  _written_as("string")]
 Counts = Annotated[tuple[Annotated[StrictInt, Field(ge=1, le=10_000_000)], ...], BeforeValidator(_one_or_more),
-                   Field(min_length=1, max_length=10_000)]
+                   Field(min_length=1, max_length=10_000), _written_as("integer")]
 Precisions = Annotated[tuple[StrictStr | dict[str, StrictStr], ...], BeforeValidator(_one_or_more),
-                       Field(min_length=1, max_length=100)]
+                       Field(min_length=1, max_length=100), _written_as("string", "object")]
+Quoted = Annotated[float, WithJsonSchema({"type": "string"}, "validation")]
+Share = Annotated[float, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number"}]}, "validation")]
 Objective = Literal["latency", "throughput", "energy", "memory"]
 Expected = Literal["feasible", "infeasible", "any"]
 
@@ -46,17 +55,17 @@ Expected = Literal["feasible", "infeasible", "any"]
 class Limits(Frozen):
     """What a cell has to keep, in SI units; None: no limit."""
 
-    max_latency: float | None = None
+    max_latency: Quoted | None = None
     """A token, as `predicted.token_latency_s`. [s]"""
-    min_tokens_per_s: float | None = None
+    min_tokens_per_s: Quoted | None = None
     """Of the whole answer, prompt included, as `predicted.tokens_per_s`. [token/s]"""
-    max_dram: float | None = None
+    max_dram: Quoted | None = None
     """What the plan holds in the host's (or the unified) memory. [B]"""
-    max_energy: float | None = None
+    max_energy: Quoted | None = None
     """A token. [J]"""
-    max_quality_loss: float | None = None
+    max_quality_loss: Share | None = None
     """Rise of perplexity over the dense model's, as a share; what costs more, or nobody measured, is not planned."""
-    max_regress: float | None = None
+    max_regress: Share | None = None
     """By which share a figure may be worse than in the baseline."""
 
     @field_validator(*LIMITS, mode="before")
@@ -139,6 +148,11 @@ class PolicyAxis(Frozen):
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$", max_length=60)
     policy: Names
     knobs: dict[str, Any] = Field(default_factory=dict)
+
+    @classmethod
+    def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
+        """A name alone is a policy too."""
+        return {"anyOf": [{"type": "string"}, handler(core_schema)]}
 
     @model_validator(mode="before")
     @classmethod

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from pathlib import Path
 
 from simmem import __version__
@@ -46,13 +47,14 @@ def answer_all(cells: Sequence[Cell], spec_file: Path, *, results: Path | None =
         done = kept.done()
         rest = [cell for cell in cells if cell.id not in done]
         n = len(cells) - len(rest)
-        for cell, text in outcomes(rest, spec_file.parent, file, stamp, jobs=jobs, backend=backend,
-                                   scheduler=scheduler):
-            kept.add(cell.id, text)
-            done[cell.id] = text
-            n += 1
-            if progress is not None:
-                progress(n, len(cells))
+        found = outcomes(rest, spec_file.parent, file, stamp, jobs=jobs, backend=backend, scheduler=scheduler)
+        with closing(found):  # where a result cannot be written, the workers stop
+            for cell, text in found:
+                kept.add(cell.id, text)
+                done[cell.id] = text
+                n += 1
+                if progress is not None:
+                    progress(n, len(cells))
     return [(cell, CellOutcome.model_validate_json(done[cell.id])) for cell in cells]
 
 
