@@ -23,6 +23,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from simmem.planner.api import plan
 from simmem.planner.grid.spec import load_search
 from simmem.policy.base import policy_named
 from simmem.spec.library import resolve
@@ -92,6 +93,9 @@ def test_stays_green_where_nothing_changed(project: Project) -> None:
     assert [cell["status"] for cell in first["cells"]] == ["pass", "pass"]
     assert first["cells"][0]["id"] == FIRST
     assert {cell["compared_with"] for cell in first["cells"]} == {cell["id"] for cell in first["cells"]}
+    alone = plan(str(project.device), "opt-125m", prompt=16, new_tokens=4, weights="fp16", dram="100 MB",
+                 policy="stream", knobs={"agent": "gpu"})
+    assert first["cells"][0]["plan"]["predicted"] == json.loads(alone.to_json())["predicted"]
     project.change(project.device, "[memory.flash]", "# a remark\n[memory.flash]")  # says nothing else
     again = project.run(code=0)
     assert again == first

@@ -84,8 +84,7 @@ def _joblib(tasks: list[Task], jobs: int, backend: str, scheduler: str | None) -
 
     with ExitStack() as stack:
         if backend == "dask":
-            client = stack.enter_context(_client(jobs, scheduler))
-            stack.enter_context(parallel_config("dask", client=client))
+            stack.enter_context(parallel_config("dask", client=_client(jobs, scheduler, stack)))
         else:
             # One thread each: processes are the parallelism, and sums keep their order.
             stack.enter_context(parallel_config("loky", inner_max_num_threads=1))
@@ -96,6 +95,9 @@ def _joblib(tasks: list[Task], jobs: int, backend: str, scheduler: str | None) -
                 yield one
         except BrokenProcessPool as error:
             raise MachineError(_died(str(error)), key="--jobs") from None
+        except ImportError as error:
+            raise MachineError(f"a worker could not load simmem ({error}); install {__version__} there",
+                               key="--backend") from None
         except _lost_errors(backend) as error:
             raise MachineError(_died(str(error)), key="--backend") from None
         finally:
@@ -118,15 +120,16 @@ def _lost_errors(backend: str) -> tuple[type[BaseException], ...]:
     return KilledWorker, CommClosedError
 
 
-def _client(jobs: int, scheduler: str | None) -> Any:
-    """A client of the scheduler that is named, else of `jobs` worker processes on this machine."""
+def _client(jobs: int, scheduler: str | None, stack: ExitStack) -> Any:
+    """A client of the scheduler that is named, else of `jobs` worker processes on this machine, until the stack ends."""
     from distributed import Client, LocalCluster
 
+    if scheduler is None:
+        cluster = stack.enter_context(LocalCluster(n_workers=jobs, threads_per_worker=1, processes=True,
+                                                   dashboard_address=None, scheduler_port=0, host="127.0.0.1"))
+        return stack.enter_context(Client(cluster))
     try:
-        if scheduler is not None:
-            return Client(scheduler, timeout=10)
-        return Client(LocalCluster(n_workers=jobs, threads_per_worker=1, processes=True, dashboard_address=None,
-                                   scheduler_port=0, host="127.0.0.1"))
+        return stack.enter_context(Client(scheduler, timeout=10))
     except (OSError, ValueError) as error:
         raise MachineError(f"no dask scheduler answers: {' '.join(str(error).split())[:160]}",
                            key="--scheduler") from None
