@@ -121,7 +121,7 @@ def _lost_errors(backend: str) -> tuple[type[BaseException], ...]:
 
 
 def _client(jobs: int, scheduler: str | None, stack: ExitStack) -> Any:
-    """A client of the scheduler that is named, else of `jobs` worker processes on this machine, until the stack ends."""
+    """A client of the scheduler that is named, else of `jobs` worker processes here, until the stack ends."""
     from distributed import Client, LocalCluster
 
     if scheduler is None:
