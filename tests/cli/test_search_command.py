@@ -214,6 +214,7 @@ def test_a_changed_model_or_trace_is_always_reported(project: Project) -> None:
     project.change(project.spec, 'models = ["opt-125m"]', 'models = ["small.toml"]\ntrace = "law.toml"')
     project.change(project.spec, 'policies = [{ policy = "stream", knobs = { agent = "gpu" } }]',
                    'policies = ["flash-window"]\nlimits = { max_regress = "1000 %" }')
+    project.change(project.spec, "100 MB", "300 MB")
     project.save()
     project.change(model, "OPT 125M", "OPT 125M, again")
     found = project.run(code=0)

@@ -82,6 +82,7 @@ def _joblib(tasks: list[Task], jobs: int, backend: str, scheduler: str | None) -
     from joblib import Parallel, delayed, parallel_config
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
+    lost = _lost_errors(backend)
     with ExitStack() as stack:
         if backend == "dask":
             stack.enter_context(parallel_config("dask", client=_client(jobs, scheduler, stack)))
@@ -98,7 +99,7 @@ def _joblib(tasks: list[Task], jobs: int, backend: str, scheduler: str | None) -
         except ImportError as error:
             raise MachineError(f"a worker could not load simmem ({error}); install {__version__} there",
                                key="--backend") from None
-        except _lost_errors(backend) as error:
+        except lost as error:
             raise MachineError(_died(str(error)), key="--backend") from None
         finally:
             with warnings.catch_warnings():  # joblib tells whoever stops early of tasks that are cancelled
@@ -115,7 +116,8 @@ def _lost_errors(backend: str) -> tuple[type[BaseException], ...]:
     """What dask raises where workers or the scheduler are gone."""
     if backend != "dask":
         return ()
-    from distributed import CommClosedError, KilledWorker
+    from distributed import KilledWorker
+    from distributed.comm import CommClosedError
 
     return KilledWorker, CommClosedError
 
