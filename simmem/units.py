@@ -30,6 +30,9 @@ _TABLE: dict[str, tuple[str, dict[str, float], str, float, float]] = {
     "joule_per_byte": ("J/B", _SMALL, "58 pJ/B", 1e-15, 1e-5),
     "joule_per_flop": ("J/FLOP", _SMALL, "0.9 pJ/FLOP", 1e-16, 1e-6),
     "watt": ("W", {**_SMALL, **_DECIMAL}, "5 W", 1e-6, 1e6),
+    "joule": ("J", {**_SMALL, **_DECIMAL}, "2.5 J", 1e-12, 1e9),
+    "tokens_per_s": ("token/s", {"": 1.0, "k": 1e3, "M": 1e6}, "5 token/s", 1e-6, 1e9),
+    "share": ("", {"": 1.0, "%": 0.01}, "2 %", 0.0, 1e3),
     "ratio": ("", {"": 1.0}, "0.85", 0.0, 1e3),
     "count": ("", {"": 1.0}, "32", 0.0, 1e9),
 }
@@ -43,7 +46,7 @@ def parse_quantity(text: object, dimension: str, *, file: str | None = None, key
 
     Parameters
     ----------
-    text : a quoted quantity such as "6.1 GB/s"; a bare number only for ratios and counts.
+    text : a quoted quantity such as "6.1 GB/s"; a bare number only for ratios, shares and counts.
     dimension : one of `DIMENSIONS`.
     file, key : where it stands, for the error.
 
@@ -90,11 +93,11 @@ def _scale(suffix: str, unit: str, prefixes: dict[str, float]) -> float | None:
 def format_quantity(value: float, dimension: str, digits: int = 3) -> str:
     """A value in SI base units as a person reads it: `digits` significant ones, a decimal prefix.
 
-    "s" takes m, µ and n; bytes and rates take k, M, G, T; ratios become per cent.
+    "s" takes m, µ and n; bytes and rates take k, M, G, T; ratios and shares become per cent.
     """
     if not math.isfinite(value):
         return "unlimited" if value > 0 else "unknown"
-    if dimension == "ratio":
+    if dimension in ("ratio", "share"):
         return f"{100 * value:.{max(digits - 2, 0)}f} %"
     unit = _TABLE[dimension][0]
     if value == 0:

@@ -24,7 +24,8 @@ MAX_LINES = 450
 HEAVY = ("matplotlib", "networkx", "numpy", "pandas", "pint", "pydantic", "safetensors", "scipy", "simpy", "sklearn",
          "torch", "transformers")
 # In the extras, or in none: a plan is made without them.
-OPTIONAL = ("gguf", "matplotlib", "pandas", "pint", "scipy", "sklearn", "torch", "transformers")
+OPTIONAL = ("distributed", "gguf", "joblib", "matplotlib", "pandas", "pint", "scipy", "sklearn", "torch",
+            "transformers")
 
 
 @cache

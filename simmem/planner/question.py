@@ -17,7 +17,7 @@ from simmem.spec.workload import MOST_DRAFTED, Draft, Workload, mixed_precisions
 from simmem.trace import Trace, open_trace, sparsest_trace_within, varied_traces
 from simmem.units import format_quantity, parse_quantity
 
-__all__ = ["DRAFT_LENGTH", "DRAFT_LENGTHS", "FINAL_ROWS", "MAX_LOSS", "OBJECTIVES", "Question", "ask"]
+__all__ = ["DRAFT_LENGTH", "DRAFT_LENGTHS", "FINAL_ROWS", "MAX_LOSS", "OBJECTIVES", "Question", "ask", "budgets_of"]
 
 OBJECTIVES = ("latency", "throughput", "energy", "memory")
 MAX_LOSS = 10
@@ -94,12 +94,14 @@ def ask(
     acceptance: float | None = None,
     draft_length: int | None = None,
     relative_to: Path | None = None,
+    opened: Replayed | None = None,
 ) -> Question:
     """Check the arguments of `plan` and resolve every name. Raises SpecError.
 
     weights : one precision; or by tensor group, as a table or "attention=int4,experts=int2": the groups that are not
         named keep the model's own.
     draft_length : tokens that `draft` proposes for each step; else the knob of that name, which belongs to no policy.
+    opened : what an earlier question found for the same trace, model and batch, with what was worked out on it.
     """
     knobs = dict(knobs or {})
     length = knobs.pop(DRAFT_LENGTH.name, draft_length)
@@ -145,10 +147,10 @@ def ask(
         spec_device = spec_device.with_engine(engine)
     if trace is None and max_quality_loss is not None:
         trace = sparsest_trace_within(spec_model, 1.0 + max_quality_loss)
-    replayed = _replay(trace, spec_model, workload.step_tokens)
+    replayed = _replay(trace, spec_model, workload.step_tokens) if opened is None else opened
     routes = replayed is not None and replayed.trace.header.unit == "expert"
     return Question(device, model, spec_device, spec_model, None if routes else replayed, workload, precisions,
-                    _budgets(spec_device, dram, vram), names, fixed, objective, engine, policy is None, defaults,
+                    budgets_of(spec_device, dram, vram), names, fixed, objective, engine, policy is None, defaults,
                     max_quality_loss, replayed if routes else None, draft_name=draft)
 
 
@@ -190,7 +192,8 @@ def _replay(name: str | None, model: Model, batch: int) -> Replayed | None:
     return Replayed(opened, vary)
 
 
-def _budgets(device: Device, dram: str | float | None, vram: str | float | None) -> dict[str, float]:
+def budgets_of(device: Device, dram: str | float | None, vram: str | float | None) -> dict[str, float]:
+    """Tier → what may be held there: what is given, else what the device leaves for one program. [B]"""
     budget = {name: memory.budget_bytes for name, memory in device.memory.items()}
     special = [n for n, m in device.memory.items() if m.kind == "device"]
     for given, tiers, flag in ((dram, [device.host], "--dram"), (vram, special, "--vram")):

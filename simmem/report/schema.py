@@ -36,6 +36,7 @@ class _Whole(GenerateJsonSchema):
 
 
 def _printed() -> dict[str, type[BaseModel]]:
+    from simmem.planner.grid.document import Baseline, SearchDocument
     from simmem.report.calibration import CalibrationDocument
     from simmem.report.compare import DeviceComparison
     from simmem.report.fromruns import LearntDocument
@@ -45,7 +46,7 @@ def _printed() -> dict[str, type[BaseModel]]:
 
     return {
         "plan": Plan, "error": documents.ErrorDocument, "simulation": Simulation, "run": RunRow,
-        "reproduce": Reproduction, "validate": Validation,
+        "reproduce": Reproduction, "validate": Validation, "search": SearchDocument, "search-baseline": Baseline,
         "replay": documents.ReplayDocument, "trace": TraceHeader, "devices": documents.DeviceList,
         "models": documents.ModelList, "traces": documents.TraceList, "policies": documents.PolicyList,
         "device-sheet": documents.DeviceSheet, "device-comparison": DeviceComparison,
@@ -56,11 +57,12 @@ def _printed() -> dict[str, type[BaseModel]]:
 
 
 def _read() -> dict[str, type[BaseModel]]:
+    from simmem.planner.grid.spec import SearchSpec
     from simmem.spec.measurement import Measurements
     from simmem.validation.reference import ReferenceRow
 
     return {"device": Device, "model": Model, "synthetic": SyntheticSpec, "reference": ReferenceRow,
-            "measurements": Measurements}
+            "measurements": Measurements, "search-spec": SearchSpec}
 
 
 def schema_of(name: str) -> dict[str, Any]:

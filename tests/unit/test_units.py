@@ -17,6 +17,7 @@ from simmem.units import DIMENSIONS, parse_quantity
 
 REGISTRY = pint.UnitRegistry()
 REGISTRY.define("FLOP = [operation]")
+REGISTRY.define("token = [token]")
 
 DECIMAL = ["", "k", "M", "G", "T", "P"]
 BINARY = ["Ki", "Mi", "Gi", "Ti"]
@@ -31,6 +32,8 @@ CASES = {
     "joule_per_byte": ("J/B", SMALL, "joule/byte", 1e-15, 1e-5),
     "joule_per_flop": ("J/FLOP", SMALL, "joule/FLOP", 1e-16, 1e-6),
     "watt": ("W", ["m", "u", "µ", *DECIMAL], "watt", 1e-6, 1e6),
+    "joule": ("J", [*SMALL, *DECIMAL], "joule", 1e-12, 1e9),
+    "tokens_per_s": ("token/s", ["", "k", "M"], "token/second", 1e-6, 1e9),
 }
 
 
@@ -67,7 +70,7 @@ def test_a_number_alone_is_refused(case: tuple[str, str, float]) -> None:
     dimension, text, value = case
     with pytest.raises(UnitError):
         parse_quantity(value, dimension)
-    number = text.rstrip("".join(set("BFLOPJWskMGTPKimuµμnp/ ")))
+    number = text.rstrip("".join(set("BFLOPJWskMGTPKimuµμnptoken/ ")))
     with pytest.raises(UnitError, match="no unit"):
         parse_quantity(number, dimension)
 
@@ -80,7 +83,7 @@ def test_negative_is_refused(case: tuple[str, str, float]) -> None:
 
 
 def test_every_dimension_is_held_to_pint() -> None:
-    assert set(DIMENSIONS) == set(CASES) | {"ratio", "count"}
+    assert set(DIMENSIONS) == set(CASES) | {"ratio", "share", "count"}
 
 
 def test_gb_is_not_gib() -> None:
@@ -116,6 +119,9 @@ def test_gb_is_not_gib() -> None:
     ("0.85 %", "ratio", "0.85"),
     ("85%", "ratio", "0.85"),
     ("-0.5", "ratio", "believed"),
+    ("2 percent", "share", "2 %"),
+    ("5", "tokens_per_s", "no unit"),
+    ("5 J/B", "joule", "2.5 J"),
 ])
 def test_refused_with_a_hint(text: str, dimension: str, hint: str) -> None:
     with pytest.raises(UnitError) as caught:
@@ -134,6 +140,10 @@ def test_a_quantity_is_quoted_text(value: object) -> None:
 @pytest.mark.parametrize(("value", "dimension"), [(0.85, "ratio"), ("0.5", "ratio"), (1, "ratio"), (32, "count")])
 def test_ratios_and_counts_are_bare(value: object, dimension: str) -> None:
     assert parse_quantity(value, dimension) == float(str(value))
+
+
+def test_a_share_may_be_written_in_per_cent() -> None:
+    assert parse_quantity("2 %", "share") == parse_quantity(0.02, "share") == 0.02
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), True])

@@ -1,0 +1,153 @@
+"""How are cells answered on many cores or machines? One by one in this process, or through joblib.
+
+Whoever answers, the outcome of a cell is the same, and it is handed over as soon as it is there.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Generator, Sequence
+from contextlib import ExitStack, closing
+from pathlib import Path
+from typing import Any
+
+from simmem import __version__
+from simmem.errors import MachineError, SimmemError, SpecError, TraceError
+from simmem.planner.grid.cells import CellOutcome, answer_cell, inputs_of
+from simmem.planner.grid.spec import Cell
+
+__all__ = ["BACKENDS", "check_backend", "outcomes"]
+
+BACKENDS = ("loky", "dask")
+Task = tuple[int, tuple[str, str, str, str, str]]
+"""A cell's place and what `answer_cell` is told."""
+Numbered = Generator[tuple[int, str], None, None]
+_KINDS = {kind.__name__: kind for kind in (SpecError, TraceError, MachineError)}
+
+
+def check_backend(jobs: int, backend: str, scheduler: str | None) -> None:
+    """Raise now where what a backend needs is not installed."""
+    if scheduler is not None and backend != "dask":
+        raise SpecError("is an address for --backend dask", key="--scheduler")
+    if jobs == 1 and backend == "loky":
+        return
+    try:
+        import joblib  # noqa: F401 - is it there?
+    except ImportError as error:
+        raise MachineError(f"more than one job needs joblib ({error}); install with: pip install 'simmem[search]'",
+                           key="--jobs") from None
+    if backend == "dask":
+        try:
+            import distributed  # noqa: F401
+        except ImportError as error:
+            raise MachineError(f"the dask backend needs distributed ({error}); install with: "
+                               "pip install 'simmem[dask]'", key="--backend") from None
+
+
+def outcomes(cells: Sequence[Cell], folder: Path, file: str, stamp: str, *, jobs: int = 1, backend: str = "loky",
+             scheduler: str | None = None) -> Generator[tuple[Cell, str], None, None]:
+    """Each cell with its outcome as JSON, in the order in which they are finished.
+
+    Cells of one model and device are asked one after the other, so that a process finds what they share.
+
+    Raises
+    ------
+    SpecError, TraceError
+        A cell's question is wrong.
+    MachineError
+        A worker died, runs another simmem or reads other files.
+    """
+    ordered = sorted(cells, key=lambda c: (c.question.model, c.question.prompt_tokens, c.question.new_tokens,
+                                           str(c.question.weights), c.question.device))
+    where = str(folder.resolve())
+    tasks = [(index, (c.question.model_dump_json(), where, c.id, file, stamp)) for index, c in enumerate(ordered)]
+    alone = jobs == 1 and backend == "loky"
+    with closing(_here(tasks) if alone else _joblib(tasks, jobs, backend, scheduler)) as found:
+        for index, text in found:
+            cell = ordered[index]
+            _check(cell, CellOutcome.model_validate_json(text), where)
+            yield cell, text
+
+
+def _here(tasks: list[Task]) -> Numbered:
+    for index, task in tasks:
+        yield _numbered(index, task)
+
+
+def _numbered(index: int, task: tuple[str, str, str, str, str]) -> tuple[int, str]:
+    return index, answer_cell(*task)
+
+
+def _joblib(tasks: list[Task], jobs: int, backend: str, scheduler: str | None) -> Numbered:
+    from joblib import Parallel, delayed, parallel_config
+    from joblib.externals.loky.process_executor import BrokenProcessPool
+
+    lost = _lost_errors(backend)
+    with ExitStack() as stack:
+        if backend == "dask":
+            stack.enter_context(parallel_config("dask", client=_client(jobs, scheduler, stack)))
+        else:
+            # One thread each: processes are the parallelism, and sums keep their order.
+            stack.enter_context(parallel_config("loky", inner_max_num_threads=1))
+        found = Parallel(n_jobs=jobs, batch_size=1, return_as="generator_unordered")(
+            delayed(_numbered)(index, task) for index, task in tasks)
+        try:
+            for one in found:  # noqa: UP028 - `yield from` would close it where its warning is not caught
+                yield one
+        except BrokenProcessPool as error:
+            raise MachineError(_died(str(error)), key="--jobs") from None
+        except ImportError as error:
+            raise MachineError(f"a worker could not load simmem ({error}); install {__version__} there",
+                               key="--backend") from None
+        except lost as error:
+            raise MachineError(_died(str(error)), key="--backend") from None
+        finally:
+            with warnings.catch_warnings():  # joblib tells whoever stops early of tasks that are cancelled
+                warnings.simplefilter("ignore")
+                found.close()
+
+
+def _died(why: str) -> str:
+    return (f"a worker process died (killed, or out of memory: {' '.join(why.split())[:120]}); with --results nothing "
+            "that was finished is lost, and --resume goes on")
+
+
+def _lost_errors(backend: str) -> tuple[type[BaseException], ...]:
+    """What dask raises where workers or the scheduler are gone."""
+    if backend != "dask":
+        return ()
+    from distributed import KilledWorker
+    from distributed.comm import CommClosedError
+
+    return KilledWorker, CommClosedError
+
+
+def _client(jobs: int, scheduler: str | None, stack: ExitStack) -> Any:
+    """A client of the scheduler that is named, else of `jobs` worker processes here, until the stack ends."""
+    from distributed import Client, LocalCluster
+
+    if scheduler is None:
+        cluster = stack.enter_context(LocalCluster(n_workers=jobs, threads_per_worker=1, processes=True,
+                                                   dashboard_address=None, scheduler_port=0, host="127.0.0.1"))
+        return stack.enter_context(Client(cluster))
+    try:
+        return stack.enter_context(Client(scheduler, timeout=10))
+    except (OSError, ValueError) as error:
+        raise MachineError(f"no dask scheduler answers: {' '.join(str(error).split())[:160]}",
+                           key="--scheduler") from None
+
+
+def _check(cell: Cell, outcome: CellOutcome, folder: str) -> None:
+    if outcome.error is not None:
+        kind = _KINDS.get(outcome.error.kind, SpecError if outcome.error.exit_code == 2 else SimmemError)
+        told = kind(outcome.error.message)
+        told.exit_code = outcome.error.exit_code
+        raise told
+    if outcome.simmem != __version__:
+        raise MachineError(f"a worker runs simmem {outcome.simmem}, and this is {__version__}: install the same one",
+                           key="--backend")
+    mine = inputs_of(cell.question, folder)
+    for what, digest in (("device", outcome.device_digest), ("model", outcome.model_digest)):
+        if digest != mine[what]:
+            raise MachineError(f"a worker read another {what} file for the cell {cell.id} than this process: was it "
+                               "changed meanwhile?", key="--backend")
