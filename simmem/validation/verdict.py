@@ -106,6 +106,8 @@ class Summary(_Part):
     """The largest of any cell."""
     coverage: float | None
     """Share of rows whose median lies inside the predicted interval."""
+    coverage_beside: float | None = None
+    """The same of intervals around what is expected of the machine that controls found."""
     conclusive_share: float
 
 
@@ -165,12 +167,15 @@ def summary_of(rows: Sequence[LadderRow]) -> Summary:
     verdicts = _cells(rows)
     regrets = [v.regret for v in verdicts if v.regret is not None]
     inside = [r.interval_s[0] <= r.measured_s.median <= r.interval_s[1] for r in good]
+    found = [r.interval_s[0] * (1 + r.error_beside) <= r.predicted_s <= r.interval_s[1] * (1 + r.error_beside)
+             for r in good if r.error_beside is not None]
     return Summary(
         n=len(good), mape=float(errors.mean()) if good else None,
         p90_error=float(np.quantile(errors, 0.9)) if good else None,
         mape_beside=float(np.mean(beside)) if beside else None,
         kendall_tau=kendall_tau([[r for r in good if r.cell == v.cell] for v in verdicts]),
         regret=max(regrets, default=None), coverage=float(np.mean(inside)) if good else None,
+        coverage_beside=float(np.mean(found)) if found else None,
         conclusive_share=len(good) / len(rows) if rows else 0.0)
 
 
@@ -246,6 +251,8 @@ def judge(rows: Sequence[LadderRow], *, broken: int = 0
                   _gate("p90 of |error|, emulated storage", emulated.p90_error, high=0.15)]
     gates += [_gate("Kendall tau-b", whole.kendall_tau, low=0.85), _gate("regret", whole.regret, high=0.05),
               _gate("coverage of 90 % intervals", whole.coverage, low=0.80,
+                    high=0.97 if whole.n >= FEW_ROWS else None) if whole.coverage_beside is None else
+              _gate("coverage of 90 % intervals beside controls", whole.coverage_beside, low=0.80,
                     high=0.97 if whole.n >= FEW_ROWS else None)]
     reached = [float(r.conditions["rate_over_plain_reads"]) for r in _conclusive(rows)
                if r.id.endswith("/naive") and "rate_over_plain_reads" in r.conditions]
