@@ -196,7 +196,9 @@ def _batches(question: Question) -> list[str]:
     why = (f"{asked} sequences at once bring the most tokens a second of the numbers tried" if asked == most else
            f"{asked} sequences at once are the fewest within {format_quantity(TOLERANCE, 'ratio', 2)} of the most "
            f"tokens a second of the numbers tried ({rate_words(best)} with {most})")
-    return [why, f"tokens a second by sequences at once: {said}"]
+    # Lengths of drafts are tried after the batch was found without any.
+    alone = ", nothing drafted" if question.workload.draft_length and question.drafts_tried else ""
+    return [why, f"tokens a second by sequences at once{alone}: {said}"]
 
 
 def _shares(plan: Plan, report: Mapping[str, object]) -> list[str]:

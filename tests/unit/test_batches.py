@@ -53,7 +53,7 @@ def test_where_the_rate_levels_off_the_last_per_cent_is_not_bought(half: float, 
     def rate(batch: int) -> float:
         return batch / (half + batch) if batch <= most else 0.0
 
-    with patch.object(batches, "_tokens_per_s", lambda question: rate(question.workload.batch)), \
+    with patch.object(batches, "most_tokens_per_s", lambda question: rate(question.workload.batch)), \
             patch.object(batches, "_unit", lambda question: (1, False)), \
             patch.object(batches, "replace", lambda question, batches_tried: SimpleNamespace(
                 workload=question.workload, batches_tried=batches_tried)):
