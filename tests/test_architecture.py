@@ -119,6 +119,11 @@ def test_no_submodule_is_named_like_a_public_function() -> None:
     assert functions & submodules == set()
 
 
+@cache
+def distributions_by_module() -> dict[str, list[str]]:
+    return dict(packages_distributions())
+
+
 def imported_distributions(path: Path) -> set[str]:
     """Distributions, in normal form, whose modules `path` imports anywhere."""
     names = set()
@@ -127,7 +132,7 @@ def imported_distributions(path: Path) -> set[str]:
             names |= {alias.name.split(".")[0] for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
             names.add(node.module.split(".")[0])
-    owners = packages_distributions()
+    owners = distributions_by_module()
     third_party = names - sys.stdlib_module_names - {"simmem"}
     return {owners.get(name, [name])[0].lower().replace("_", "-") for name in third_party}
 

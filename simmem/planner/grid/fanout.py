@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Generator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import ExitStack, closing
 from pathlib import Path
 from typing import Any
@@ -100,16 +101,16 @@ def _joblib(tasks: list[Task], jobs: int, backend: str, scheduler: str | None) -
             raise MachineError(f"a worker could not load simmem ({error}); install {__version__} there",
                                key="--backend") from None
         except lost as error:
-            raise MachineError(_died(str(error)), key="--backend") from None
+            raise MachineError(_died(str(error), "a worker or the scheduler is gone"), key="--backend") from None
         finally:
             with warnings.catch_warnings():  # joblib tells whoever stops early of tasks that are cancelled
                 warnings.simplefilter("ignore")
                 found.close()
 
 
-def _died(why: str) -> str:
-    return (f"a worker process died (killed, or out of memory: {' '.join(why.split())[:120]}); with --results nothing "
-            "that was finished is lost, and --resume goes on")
+def _died(why: str, what: str = "a worker process died (killed, or out of memory)") -> str:
+    return (f"{what}: {' '.join(why.split())[:160]}; with --results nothing that was finished is lost, and --resume "
+            "goes on")
 
 
 def _lost_errors(backend: str) -> tuple[type[BaseException], ...]:
@@ -119,7 +120,7 @@ def _lost_errors(backend: str) -> tuple[type[BaseException], ...]:
     from distributed import KilledWorker
     from distributed.comm import CommClosedError
 
-    return KilledWorker, CommClosedError
+    return KilledWorker, CommClosedError, CancelledError  # the last where the scheduler is gone
 
 
 def _client(jobs: int, scheduler: str | None, stack: ExitStack) -> Any:
