@@ -353,7 +353,7 @@ CASES = [
     option("capture of everything", (*CAPTURE, "--sparsity", "0"), "sparsity", "between 0 and 1"),
     option("capture without prose", (*CAPTURE, "--text", "{tmp}/none.txt"), None, "none.txt", file="{tmp}/none.txt"),
 
-    option("unknown option", (*PLAN, "--drm", "6GB"), "--drm", "did you mean --dram"),
+    option("unknown option", (*PLAN, "--drm", "6GB"), "--drm", "did you mean --draft or --dram"),
     option("missing option", ("plan", "--device", "iphone15"), "--model", "required"),
     option("missing argument", ("simulate",), "PLAN", "required"),
     option("option without a value", ("plan", "--device", "m1-max", "--model"), "--model", "argument", has_json=False),
