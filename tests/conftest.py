@@ -14,6 +14,9 @@ import os
 
 from hypothesis import HealthCheck, settings
 
+# Commands run inside this process: bound to one core by the first of them, it would bind all that it starts.
+os.environ.setdefault("OMP_PROC_BIND", "false")
+
 # No deadline: the machines that run this are shared. The first example pays for lazy imports.
 _COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
