@@ -320,7 +320,7 @@ def test_unpacking_is_priced_where_an_engine_does_it() -> None:
     assert engine - plain == pytest.approx(4.0 * params)
 
 
-@settings(max_examples=200, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much])
 @given(contexts(other=True), seeds(), st.sampled_from([None, False, True]), st.data())
 def test_it_keeps_the_contract_and_the_engines_agree(context: Context, rng: np.random.Generator, trace: bool | None,
                                                      data: st.DataObject) -> None:

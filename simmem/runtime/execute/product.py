@@ -28,7 +28,7 @@ class ProductControl:
 
         dtype = torch_dtype(precision)
         self._threads = threads or torch.get_num_threads()
-        self._matrices = [torch.rand(self.rows, self.cols).to(dtype) for _ in range(_MATRICES)]
+        self._matrices = [torch.ones(self.rows, self.cols, dtype=dtype) for _ in range(_MATRICES)]
         self._input = torch.rand(1, self.cols).to(dtype)
         self._output = torch.empty(1, self.rows, dtype=dtype)
 
