@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 Array = NDArray[np.float64]
+Seconds = TypeVar("Seconds", float, Array)
 
 NOT_FELT = 5e-5
 """Analytic changes of a latency below this are not worth an event run."""
@@ -175,8 +176,9 @@ def prefill_changed(candidate: Candidate, keys: Sequence[str], factor: float) ->
     return dict(zip(keys, analytic(schedule, took).makespan_s.tolist(), strict=True))
 
 
-def tokens_per_s(workload: Workload, first_token_s: float, token_latency_s: float) -> float:
-    """Tokens a second of the whole answer, prompt included: batch·N / (first + (N − 1)·latency). [token/s]"""
+def tokens_per_s(workload: Workload, first_token_s: Seconds, token_latency_s: Seconds) -> Seconds:
+    """Tokens a second of the whole answer, prompt included: batch·N / (first + (N − 1)·latency), of one plan or of
+    each of several. [token/s]"""
     n = workload.new_tokens
     return workload.batch * n / (first_token_s + (n - 1) * token_latency_s)
 

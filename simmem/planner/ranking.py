@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from simmem.errors import SpecError
 from simmem.planner.bound import agents_bound
 from simmem.planner.candidate import Candidate, blocks, capacity_cut, front, score, stratified_rows
-from simmem.planner.predict import energy_j, prefill_seconds, prompt_seconds, quality_of, token_seconds
+from simmem.planner.predict import energy_j, prefill_seconds, prompt_seconds, quality_of, token_seconds, tokens_per_s
 from simmem.planner.question import Question
 from simmem.policy.base import Block, Policy, agents_of, policy_named
 from simmem.policy.context import Context
@@ -112,8 +112,7 @@ def search(question: Question, weights: str) -> Found:
             ranked += _rescore(policy, context, [alike[i] for i in kept_of_kind], question.objective == "throughput")
     ranked.sort(key=lambda c: c.score_s)
     # That the CPU could hold and multiply everything is no reason to leave the GPU beside it without work.
-    main = max(context.able_agents, key=lambda name: context.able_agents[name].rate.value, default=None)
-    fits = any(c.policy.name == "resident" and c.block.structural["agent"] == main for c in ranked)
+    fits = any(c.policy.name == "resident" and c.block.structural["agent"] == context.fastest_agent for c in ranked)
 
     def aside(c: Candidate) -> bool:
         return question.open_choice and is_needless(c, fits=fits)
@@ -225,9 +224,8 @@ def objective_value(candidate: Candidate, objective: str) -> tuple[float, float]
     if objective == "memory":
         return candidate.fast_bytes, candidate.score_s
     if objective == "throughput":
-        n = workload.new_tokens
         first = candidate.first_token_s if math.isfinite(candidate.first_token_s) else prefill_seconds(candidate)
-        return (first + (n - 1) * candidate.score_s) / (workload.batch * n), candidate.score_s
+        return 1.0 / tokens_per_s(workload, first, candidate.score_s), candidate.score_s
     rows = stratified_rows(candidate.context, candidate.policy, SCORING_ROWS)
     energy = energy_j(candidate.context.device, candidate.policy.decode(candidate.context, candidate.block, rows),
                       candidate.score_s * workload.tokens_per_step)

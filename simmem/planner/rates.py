@@ -8,11 +8,10 @@ the best of a block are on several.
 from __future__ import annotations
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simmem.planner.bound import agents_bound
 from simmem.planner.candidate import blocks, capacity_cut, score, stratified_rows
-from simmem.planner.predict import prompt_seconds
+from simmem.planner.predict import prompt_seconds, tokens_per_s
 from simmem.planner.question import Question
 from simmem.planner.ranking import SCORING_ROWS, objective_value, search
 from simmem.policy.base import Block, Policy, agents_of, policy_named
@@ -21,8 +20,8 @@ from simmem.policy.drafting import drafted
 
 __all__ = ["most_tokens_per_s"]
 
-Array = NDArray[np.float64]
-
+NO_PROMPT_S = 1e-300
+"""What no plan beats; not zero, or a single token would come infinitely often. [s]"""
 CLOSER = 4
 """Candidates of a block that are scored on several tokens."""
 NEAR = 0.8
@@ -45,7 +44,7 @@ def most_tokens_per_s(question: Question) -> float:
 def _most_at(question: Question, context: Context, best: float) -> float:
     """The same at one precision, if it is more than `best`."""
     ceilings: dict[tuple[str, ...], float] = {}
-    main = max(context.able_agents, key=lambda name: context.able_agents[name].rate.value, default=None)
+    main = context.fastest_agent
     fits = False
     for name in sorted(question.policy_names, key=lambda name: name != "resident"):
         policy = drafted(policy_named(name), context)
@@ -55,7 +54,7 @@ def _most_at(question: Question, context: Context, best: float) -> float:
             names = agents_of(policy, context, block)
             if names not in ceilings:
                 least = agents_bound(context, names, any_token=True).token_latency_s
-                ceilings[names] = float(_rate(context, np.zeros(1), np.array([least]))[0])
+                ceilings[names] = tokens_per_s(context.workload, NO_PROMPT_S, least)
             cut = capacity_cut(policy, context, block)
             fits |= name == "resident" and block.structural["agent"] == main and bool(cut.fits.any())
             oracle = question.open_choice and block.structural.get("predictor") == "oracle"
@@ -68,14 +67,8 @@ def _most_of(policy: Policy, context: Context, block: Block, best: float) -> flo
     """Of a block of candidates that fit."""
     one, several = (stratified_rows(context, policy, n) for n in (1, SCORING_ROWS))
     first = prompt_seconds(policy, context, block)
-    rates = _rate(context, first, score(policy, context, block, one))
+    rates = tokens_per_s(context.workload, first, score(policy, context, block, one))
     if len(several) == 1 or rates.max() < NEAR * best:
         return float(rates.max())
     top = np.argsort(-rates, kind="stable")[:CLOSER]
-    return float(_rate(context, first[top], score(policy, context, block.only(top), several)).max())
-
-
-def _rate(context: Context, first_s: Array, token_s: Array) -> Array:
-    """Tokens a second of a whole answer, as `predict.tokens_per_s`. [token/s]"""
-    workload = context.workload
-    return workload.batch * workload.new_tokens / np.maximum(first_s + (workload.new_tokens - 1) * token_s, 1e-300)
+    return float(tokens_per_s(context.workload, first[top], score(policy, context, block.only(top), several)).max())

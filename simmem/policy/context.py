@@ -156,6 +156,11 @@ class Context:
         precisions = (*self.workload.precisions, *(self.drafting.workload.precisions if self.drafting else ()))
         return {name: a for name, a in self.device.agent.items() if all(a.computes_as(p) for p in precisions)}
 
+    @cached_property
+    def fastest_agent(self) -> str | None:
+        """The able unit that goes through its memory fastest; None where no unit is able."""
+        return max(self.able_agents, key=lambda name: self.able_agents[name].rate.value, default=None)
+
     def memory_of(self, agent: str) -> str:
         """The tier an agent computes out of."""
         return self.device.agent[agent].memory

@@ -65,8 +65,11 @@ def _said(part: Summary) -> str:
     if part.mape is None or part.p90_error is None:
         return "no conclusive row"
     beside = "" if part.mape_beside is None else f" (beside controls {100 * part.mape_beside:.1f} %)"
-    return (f"MAPE {100 * part.mape:.1f} %{beside}, p90 {100 * part.p90_error:.1f} % over {part.n} conclusive rows "
-            f"({100 * part.conclusive_share:.0f} %)")
+    inside = "" if part.coverage is None else f", {100 * part.coverage:.0f} % inside the 90 % interval"
+    if part.coverage_beside is not None:
+        inside += f" (beside controls {100 * part.coverage_beside:.0f} %)"
+    return (f"MAPE {100 * part.mape:.1f} %{beside}, p90 {100 * part.p90_error:.1f} %{inside}, over {part.n} conclusive "
+            f"rows ({100 * part.conclusive_share:.0f} %)")
 
 
 def _allowed(gate: Gate) -> str:

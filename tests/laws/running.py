@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+from numpy.typing import NDArray
 
+from simmem.planner.bound import agents_bound, lower_bound
+from simmem.policy.base import Block, Policy, agents_of
+from simmem.policy.context import Context
 from simmem.schedule import Schedule
 from simmem.sim.events import Contention
 from simmem.sim.timeline import Timeline
 from simmem.spec.device import Device
 
-__all__ = ["alone_s", "assert_in_order", "shared_s", "slowed"]
+__all__ = ["alone_s", "assert_bounded", "assert_in_order", "shared_s", "slowed"]
 
 
 def assert_in_order(run: Timeline) -> None:
@@ -52,3 +56,16 @@ def slowed(given: Contention, c: float) -> Contention:
     """The same, with everything that is shared `c` times slower."""
     return Contention({k: v / c for k, v in given.capacity_bytes_per_s.items()}, given.interference,
                       given.background, given.queue_limit)
+
+
+def assert_bounded(context: Context, policy: Policy, block: Block, took: NDArray[np.float64]) -> None:
+    """No candidate that fits is faster than its agents can be, nor in the mean than all of the device together.
+
+    took : token seconds, (candidates, trace tokens). [s]
+    """
+    fits = np.ones(block.n_candidates, np.bool_)
+    for tier, used in policy.footprint(context, block).items():
+        fits &= used <= context.budget_bytes[tier]
+    mine = agents_bound(context, agents_of(policy, context, block), any_token=True)
+    assert (took[fits] >= mine.token_latency_s * (1 - 1e-9)).all()
+    assert (took[fits].mean(axis=1) >= lower_bound(context).token_latency_s * (1 - 1e-9)).all()

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from simmem.cost.roofline import durations
-from simmem.planner.bound import agents_bound, lower_bound
+from simmem.planner.bound import lower_bound
 from simmem.planner.candidate import contention_of
-from simmem.policy.base import Block, Policy, agents_of, policies
+from simmem.policy.base import Block, Policy, policies
 from simmem.policy.check import check_policy
 from simmem.policy.context import Context
 from simmem.policy.drafting import Drafted, drafted
@@ -21,6 +20,7 @@ from simmem.sim.analytic import analytic
 from simmem.sim.events import events
 from simmem.spec.model import Model
 from simmem.spec.workload import Draft
+from tests.laws.running import assert_bounded
 from tests.strategies import MANY, Array, column_of, contexts, models, plans, rows_of
 
 Case = tuple[Context, Policy, Block]
@@ -58,12 +58,7 @@ def test_no_step_with_a_draft_is_faster_than_the_bound(case: Case, model: Model,
     context, block = with_draft(case[0], Draft(model, length, acceptance)), case[2]
     policy = drafted(case[1], context)
     took = token_s((context, policy, block)).reshape(block.n_candidates, -1)
-    fits = np.ones(block.n_candidates, np.bool_)
-    for tier, used in policy.footprint(context, block).items():
-        fits &= used <= context.budget_bytes[tier]
-    mine = agents_bound(context, agents_of(policy, context, block), any_token=True)
-    assert (took[fits] >= mine.token_latency_s * (1 - 1e-9)).all()
-    assert (took[fits].mean(axis=1) >= lower_bound(context).token_latency_s * (1 - 1e-9)).all()
+    assert_bounded(context, policy, block, took)
 
 
 @MANY

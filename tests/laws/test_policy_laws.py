@@ -14,14 +14,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simmem.cost.roofline import durations
-from simmem.planner.bound import agents_bound, lower_bound
 from simmem.planner.candidate import contention_of
-from simmem.policy.base import Block, Policy, agents_of
+from simmem.policy.base import Block, Policy
 from simmem.policy.context import Context
 from simmem.schedule import Durations, Schedule
 from simmem.sim.analytic import analytic
 from simmem.sim.events import events
-from tests.laws.running import alone_s, assert_in_order, shared_s, slowed
+from tests.laws.running import alone_s, assert_bounded, assert_in_order, shared_s, slowed
 from tests.strategies import MANY, column_of, plans, rows_of
 
 Case = tuple[Context, Policy, Block]
@@ -87,12 +86,7 @@ def test_no_step_is_faster_than_the_bound(case: Case) -> None:
     rows = rows_of(context, policy)
     schedule = policy.decode(context, block, rows)
     took = analytic(schedule, durations(schedule, context.device)).token_s.reshape(block.n_candidates, len(rows))
-    fits = np.ones(block.n_candidates, np.bool_)
-    for tier, used in policy.footprint(context, block).items():
-        fits &= used <= context.budget_bytes[tier]
-    mine = agents_bound(context, agents_of(policy, context, block), any_token=True)
-    assert (took[fits] >= mine.token_latency_s * (1 - 1e-9)).all()
-    assert (took[fits].mean(axis=1) >= lower_bound(context).token_latency_s * (1 - 1e-9)).all()
+    assert_bounded(context, policy, block, took)
 
 
 @MANY

@@ -53,7 +53,7 @@ def block_of(held: list[int], *, agent: str = "gpu", policy: str = "lru", prefet
 
 def rows_of(context: Context) -> NDArray[np.int64]:
     """Tokens that stand for all."""
-    return np.asarray(POLICY.rows(context, 64))  # type: ignore[attr-defined]
+    return np.asarray(POLICY.rows(context, 64))
 
 
 def routed(context: Context, seed: int, *, predicted: bool) -> Context:
@@ -227,7 +227,7 @@ def test_more_cached_experts_are_never_slower(context: Context, prefetch: str) -
     agent = str(POLICY.knobs(context)[0].values[0])
     least = min(x.per_token * context.workload.batch, x.count)  # smaller ones do not even hold what one step uses
     held = list(range(least, x.count + 1))
-    rows = POLICY.rows(context, 4)  # type: ignore[attr-defined]
+    rows = POLICY.rows(context, 4)
     schedule = POLICY.decode(context, block_of(held, agent=agent, prefetch=prefetch), rows)
     took = analytic(schedule, durations(schedule, context.device)).token_s.reshape(len(held), -1)
     assert (np.diff(took, axis=0) <= 1e-9 * took[1:]).all()

@@ -5,6 +5,7 @@ Whoever answers, the outcome of a cell is the same, and it is handed over as soo
 
 from __future__ import annotations
 
+import importlib.util
 import warnings
 from collections.abc import Generator, Sequence
 from concurrent.futures import CancelledError
@@ -32,17 +33,11 @@ def check_backend(jobs: int, backend: str, scheduler: str | None) -> None:
         raise SpecError("is an address for --backend dask", key="--scheduler")
     if jobs == 1 and backend == "loky":
         return
-    try:
-        import joblib  # noqa: F401 - is it there?
-    except ImportError as error:
-        raise MachineError(f"more than one job needs joblib ({error}); install with: pip install 'simmem[search]'",
-                           key="--jobs") from None
-    if backend == "dask":
-        try:
-            import distributed  # noqa: F401
-        except ImportError as error:
-            raise MachineError(f"the dask backend needs distributed ({error}); install with: "
-                               "pip install 'simmem[dask]'", key="--backend") from None
+    if importlib.util.find_spec("joblib") is None:
+        raise MachineError("more than one job needs joblib; install with: pip install 'simmem[search]'", key="--jobs")
+    if backend == "dask" and importlib.util.find_spec("distributed") is None:
+        raise MachineError("the dask backend needs distributed; install with: pip install 'simmem[dask]'",
+                           key="--backend")
 
 
 def outcomes(cells: Sequence[Cell], folder: Path, file: str, stamp: str, *, jobs: int = 1, backend: str = "loky",
