@@ -47,6 +47,8 @@ def test_a_slower_machine_is_no_wrong_prediction(tmp_path: Path, monkeypatch: py
     now = [1.0, 1.0]
     monkeypatch.setattr(ProductControl, "seconds", lambda _: expected / now[0])
     monkeypatch.setattr(controls, "plain_reads", lambda _file, _read, samples=5: [plain / now[1]] * samples)
+    monkeypatch.setattr(controls, "batch_reads",
+                        lambda _file, amounts, _chunk, _depth: sum(amounts) / read[0] * plain / now[1])
     for number, look in enumerate(looks):
         now[:] = look
         found.look(0)
@@ -62,6 +64,7 @@ def test_a_slower_machine_is_no_wrong_prediction(tmp_path: Path, monkeypatch: py
     said = found.conditions(0, repeats)
     assert said["products_over_calibrated"] == pytest.approx(np.median(PRODUCTS))
     assert said["drive_over_calibrated"] == pytest.approx(np.median(DRIVE))
+    assert said["rate_over_plain_batches"] == pytest.approx(said["rate_over_plain_reads"])
     assert said["rate_over_plain_reads"] == pytest.approx(1.0, abs=0.01)
     assert found.raw(0)["between_s"] == [[pytest.approx(plain / d)] * (task.lead + task.n_tokens) for d in DRIVE]
     assert found.raw(0)["read_s"] == [[plain / d] * 5 for _, d in looks]
