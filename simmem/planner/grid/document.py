@@ -11,7 +11,7 @@ from simmem.planner.grid.spec import CellQuestion, Expected
 from simmem.policy.base import Setting
 
 __all__ = ["Baseline", "BaselineCell", "BaselineRef", "ChangedInput", "InputFile", "SearchCell", "SearchDocument",
-           "SearchSummary", "Violation"]
+           "SearchSummary", "Status", "Violation"]
 
 Status = Literal["pass", "fail", "infeasible"]
 What = Literal["device", "model", "trace"]
@@ -69,6 +69,8 @@ class SearchCell(_Part):
     """What moved since the baseline, within limits or not."""
     compared_with: str | None
     """The baseline's cell: of the same name, or of the same but for its budget."""
+    refined: bool = False
+    """Added to a sample where the outcomes of others asked for it."""
 
 
 class BaselineRef(_Part):

@@ -18,13 +18,14 @@ from simmem.planner.grid.document import (
     SearchCell,
     SearchDocument,
     SearchSummary,
+    Status,
     Violation,
 )
 from simmem.planner.grid.spec import LIMITS, Cell, said
 from simmem.spec.workload import weights_label
 from simmem.units import format_quantity
 
-__all__ = ["judge"]
+__all__ = ["judge", "kept_limits"]
 
 SAME = 1e-9
 """Figures that differ by no more than this share are the same."""
@@ -55,6 +56,13 @@ def judge(answered: Sequence[tuple[Cell, CellOutcome]], spec_file: Path, baselin
                               infeasible=counts["infeasible"], broken=sum(bool(c.violations) for c in cells)))
 
 
+def kept_limits(cell: Cell, outcome: CellOutcome) -> Status:
+    """What a cell comes out as by its own limits, whatever was expected of it and a baseline says."""
+    if outcome.plan is None:
+        return "infeasible"
+    return "fail" if _against_limits(cell, outcome, outcome.plan, None) else "pass"
+
+
 def _judged(cell: Cell, outcome: CellOutcome, before: BaselineCell | None, changed: Sequence[ChangedInput],
             baseline: Baseline | None) -> SearchCell:
     plan = outcome.plan
@@ -79,7 +87,7 @@ def _judged(cell: Cell, outcome: CellOutcome, before: BaselineCell | None, chang
         "figures": outcome.figures, "infeasible": outcome.infeasible, "tier": outcome.tier,
         "missing_bytes": outcome.missing_bytes, "violations": violations,
         "changes": [*given, *chosen, *_latency_change(outcome, before)],
-        "compared_with": before.id if before else None})
+        "compared_with": before.id if before else None, "refined": cell.refined})
 
 
 def _against_limits(cell: Cell, outcome: CellOutcome, plan: Plan, since: str | None) -> list[Violation]:
@@ -161,7 +169,7 @@ def _inputs_moved(cell: Cell, outcome: CellOutcome, before: BaselineCell | None,
     if before is None:
         return []
     q = cell.question
-    mine = ("device", q.device), ("model", q.model)
+    mine = ("device", q.device), ("model", q.model), ("model", q.draft)
     found = [f"{one.what} {one.name} changed ({'; '.join(one.changes)})" for one in changed
              if (one.what, one.name) in mine]
     trace = outcome.plan.trace if outcome.plan else None
