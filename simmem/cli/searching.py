@@ -33,7 +33,7 @@ def search(
     from simmem.planner.grid.baseline import baseline_of, read_baseline
     from simmem.planner.grid.fanout import BACKENDS, check_backend
     from simmem.planner.grid.gate import judge
-    from simmem.planner.grid.refine import refinement
+    from simmem.planner.grid.refine import Refinement
     from simmem.planner.grid.spec import load_search
     from simmem.planner.grid.sweep import answer_all
     from simmem.report.files import check_writable, write_text
@@ -56,9 +56,10 @@ def search(
         if one.resolve() in [other.resolve() for other in (*written[:index], spec_file)]:
             raise SpecError("is named for two files; write to another one", file=str(one))
     before = None if baseline is None else read_baseline(baseline)
+    refine = Refinement(spec)
     answered = answer_all(cells, spec_file, results=results, resume=resume, jobs=jobs, backend=backend,
-                          scheduler=scheduler, block=block, refine=refinement(spec), progress=_progress)
-    found = judge(answered, spec_file, before, str(baseline) if baseline else None)
+                          scheduler=scheduler, block=block, refine=refine, progress=_progress)
+    found = judge(answered, spec_file, before, str(baseline) if baseline else None, refine.boundary(answered))
     if save_baseline is not None:
         write_text(save_baseline, baseline_of(answered, spec_file.parent).model_dump_json(by_alias=True, indent=1)
                    + "\n")

@@ -6,6 +6,8 @@ Whoever answers, the outcome of a cell is the same, and it is handed over as soo
 from __future__ import annotations
 
 import importlib.util
+import signal
+import threading
 import warnings
 from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import CancelledError
@@ -109,7 +111,9 @@ def _numbered(index: int, task: tuple[str, str, str, str, str]) -> tuple[int, st
 
 
 def _block(tasks: list[Task]) -> list[tuple[int, str]]:
-    """Several cells in a worker."""
+    """Several cells in a worker, which leaves Ctrl-C to who sent them."""
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
     return [_numbered(index, task) for index, task in tasks]
 
 

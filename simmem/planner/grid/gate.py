@@ -14,18 +14,18 @@ from simmem.planner.grid.document import (
     Baseline,
     BaselineCell,
     BaselineRef,
+    BoundaryPair,
     ChangedInput,
     SearchCell,
     SearchDocument,
     SearchSummary,
-    Status,
     Violation,
 )
 from simmem.planner.grid.spec import LIMITS, Cell, said
 from simmem.spec.workload import weights_label
 from simmem.units import format_quantity
 
-__all__ = ["judge", "kept_limits"]
+__all__ = ["judge", "passes"]
 
 SAME = 1e-9
 """Figures that differ by no more than this share are the same."""
@@ -36,8 +36,11 @@ _WORDS = {"token_latency_s": ("a token", "s"), "first_token_s": ("the first toke
 
 
 def judge(answered: Sequence[tuple[Cell, CellOutcome]], spec_file: Path, baseline: Baseline | None = None,
-          baseline_file: str | None = None) -> SearchDocument:
-    """Hold every cell to its limits and, where there is one, to the baseline."""
+          baseline_file: str | None = None, boundary: Sequence[tuple[str, str]] = ()) -> SearchDocument:
+    """Hold every cell to its limits and, where there is one, to the baseline.
+
+    boundary : neighbours of which the first passes by its limits and the second does not.
+    """
     folder = spec_file.parent
     inputs = search_inputs(answered)
     changed = changed_inputs(inputs, baseline, folder) if baseline else []
@@ -53,14 +56,13 @@ def judge(answered: Sequence[tuple[Cell, CellOutcome]], spec_file: Path, baselin
         new_cells=[c.id for c, _ in answered if c.id not in pairs] if baseline else [],
         left_out=[one.id for one in baseline.cells if one.id not in compared] if baseline else [],
         summary=SearchSummary(n=len(cells), passed=counts["pass"], failed=counts["fail"],
-                              infeasible=counts["infeasible"], broken=sum(bool(c.violations) for c in cells)))
+                              infeasible=counts["infeasible"], broken=sum(bool(c.violations) for c in cells)),
+        boundary=[BoundaryPair(passes=inside, breaks=outside) for inside, outside in boundary])
 
 
-def kept_limits(cell: Cell, outcome: CellOutcome) -> Status:
-    """What a cell comes out as by its own limits, whatever was expected of it and a baseline says."""
-    if outcome.plan is None:
-        return "infeasible"
-    return "fail" if _against_limits(cell, outcome, outcome.plan, None) else "pass"
+def passes(cell: Cell, outcome: CellOutcome) -> bool:
+    """Whether a cell has a plan that keeps its own limits, whatever was expected of it and a baseline says."""
+    return outcome.plan is not None and not _against_limits(cell, outcome, outcome.plan, None)
 
 
 def _judged(cell: Cell, outcome: CellOutcome, before: BaselineCell | None, changed: Sequence[ChangedInput],

@@ -1,44 +1,54 @@
 """Which cells should be added to a sample once its outcomes are there?
 
-Around the boundary: between two neighbours of which one passes and the other fails or is infeasible. Two cells that
+Around the boundary: between two neighbours of which one passes and the other does not. Two cells that
 differ only along ranges and rising lists are neighbours where no third is nearer to both (the relative neighbourhood
-graph of Toussaint, 1980), so that in one dimension this is bisection, the widest gap first. Around the best: half-way
-from each of the best cells to what is next to it along every axis (a compass search).
+graph of Toussaint, 1980), so that in one dimension this is bisection. Around the best: half-way from each of the best
+cells to what is next to it along every axis (a compass search).
 
 Cells are added in rounds, each decided by outcomes alone: whoever answers, and whenever, they are the same.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simmem.planner.grid.cells import CellOutcome
-from simmem.planner.grid.gate import kept_limits
+from simmem.planner.grid.gate import passes
 from simmem.planner.grid.ranges import Range
 from simmem.planner.grid.sample import Point, is_ordered
 from simmem.planner.grid.spec import Cell, Grid, SearchSpec, cell_at
 
-__all__ = ["Refinement", "refinement"]
+__all__ = ["Refinement"]
 
 ROUND = 8
 """Cells of a grid that are added at once: later ones know how these came out."""
+NEAREST = 1 / 512
+"""Share of an axis that neighbours are apart at least: no prediction is as sure as that."""
 _BEST = {"latency": ("token_latency_s", 1.0), "throughput": ("tokens_per_s", -1.0),
          "energy": ("energy_j_per_token", 1.0), "memory": ("held_bytes", 1.0)}
 """Objective → figure, and what it is multiplied by to be minimised."""
 
 Answered = Sequence[tuple[Cell, CellOutcome]]
-Refinement = Callable[[Answered], list[Cell]]
-"""Cells to answer next, given those that are answered; none when it is enough."""
 
 
-def refinement(spec: SearchSpec) -> Refinement | None:
-    """What adds cells to the samples of a search file; None where none asks for it."""
-    grids = [_Refined(grid, spec) for grid in spec.grid if grid.is_sampled and grid.sample and grid.sample.refine]
-    return (lambda answered: [cell for grid in grids for cell in grid.next(answered)]) if grids else None
+class Refinement:
+    """What adds cells to the samples of a search file that ask for it."""
+
+    def __init__(self, spec: SearchSpec) -> None:
+        self._grids = [_Refined(grid, spec) for grid in spec.grid
+                       if grid.is_sampled and grid.sample and grid.sample.refine]
+
+    def next(self, answered: Answered) -> list[Cell]:
+        """Cells to answer next, given those that are answered; none when it is enough."""
+        return [cell for grid in self._grids for cell in grid.next(answered)]
+
+    def boundary(self, answered: Answered) -> list[tuple[str, str]]:
+        """(a cell that passes, its neighbour of the same choices that does not), the nearest to each other first."""
+        return [pair for grid in self._grids for pair in grid.boundary(answered)]
 
 
 class _Refined:
@@ -54,15 +64,14 @@ class _Refined:
 
     def next(self, answered: Answered) -> list[Cell]:
         """The next round."""
-        mine = [(self._points[cell.id], cell, outcome) for cell, outcome in answered if cell.id in self._points]
-        points = [point for point, _, _ in mine]
+        mine, points = self._mine(answered)
         if self._sample.around == "best":
             figure, sign = _BEST[self._objective]
-            worth = [sign * outcome.figures[figure] if kept_limits(cell, outcome) == "pass" and figure
-                     in outcome.figures else float("inf") for _, cell, outcome in mine]
-            wanted = self._beside(points, worth)
+            wanted = self._beside(points, [
+                sign * outcome.figures[figure] if passes(cell, outcome) and figure in outcome.figures else float("inf")
+                for cell, outcome in mine])
         else:
-            wanted = self._between(points, [kept_limits(cell, outcome) for _, cell, outcome in mine])
+            wanted = self._around(points, np.array([passes(cell, outcome) for cell, outcome in mine]))
         found: list[Cell] = []
         for point in wanted:
             if len(found) == min(ROUND, self._left):
@@ -74,25 +83,57 @@ class _Refined:
         self._left -= len(found)
         return found
 
-    def _between(self, points: Sequence[Point], status: Sequence[str]) -> Iterator[Point]:
-        """Half-way between neighbours of another status: of the same choices the farthest apart first; then, of cells
-        whose choices all came out alike, towards the nearest of other choices."""
+    def boundary(self, answered: Answered) -> list[tuple[str, str]]:
+        """See `Refinement.boundary`."""
+        mine, points = self._mine(answered)
+        passed = np.array([passes(cell, outcome) for cell, outcome in mine])
+        pairs = sorted(self._neighbours(*self._laid_out(points), passed))
+        ends = [(i, j) if passed[i] else (j, i) for _, i, j in pairs]
+        return [(mine[inside][0].id, mine[outside][0].id) for inside, outside in dict.fromkeys(ends)]
+
+    def _mine(self, answered: Answered) -> tuple[list[tuple[Cell, CellOutcome]], list[Point]]:
+        mine = [(cell, outcome) for cell, outcome in answered if cell.id in self._points]
+        return mine, [self._points[cell.id] for cell, _ in mine]
+
+    def _around(self, points: Sequence[Point], passed: NDArray[np.bool_]) -> Iterator[Point]:
+        """Half-way across every gap that a boundary may lie in, the widest first.
+
+        Such are those between neighbours, and where all cells of the same choices came out alike, that between the
+        outermost of them and the corner towards which, of all cells, the others lie.
+        """
+        if passed.all() or not passed.any():
+            return
         place, choices = self._laid_out(points)
-        codes = np.unique(np.asarray(status), return_inverse=True)[1]
-        pairs: list[tuple[int, float, int, int]] = []
-        for i in range(len(points)):
-            others = np.flatnonzero(codes != codes[i])
-            if not len(others):
+        gaps = [(-far, i, self._middle(points[i], points[j])) for far, i, j in self._neighbours(place, choices, passed)]
+        names, rising = self._ordered_names(), np.sign(place[passed].mean(axis=0) - place[~passed].mean(axis=0))
+        for alike in np.unique(choices, axis=0):
+            which = np.flatnonzero((choices == alike).all(axis=1))
+            if passed[which].any() and not passed[which].all():
                 continue
-            differ = (choices[others] != choices[i]).sum(axis=1)
-            apart = np.linalg.norm(place[others] - place[i], axis=1)
-            nearest = np.lexsort((apart, differ))[0]
-            j, n_differ, far = int(others[nearest]), int(differ[nearest]), float(apart[nearest])
-            if far == 0 or (n_differ == 0 and self._third_between(i, j, far, place, choices)):
-                continue
-            pairs.append((n_differ, -far, i, j))
-        for _, _, i, j in sorted(pairs):
-            yield self._middle(points[i], points[j])
+            towards = -rising if passed[which[0]] else rising
+            i = int(which[np.argmax(place[which] @ towards)])
+            mine = {name for name, axis in points[i].axes(self._grid.space).items() if is_ordered(axis)}
+            corner = {name: float(there > 0) for name, there in zip(names, towards, strict=True)
+                      if there and name in mine}
+            here = {name: place[i, names.index(name)] for name in corner}
+            far = float(np.linalg.norm([corner[name] - here[name] for name in corner]))
+            gaps.append((-far, i, self._moved(points[i], {name: (here[name] + corner[name]) / 2 for name in corner})))
+        for far, _, point in sorted(gaps, key=lambda gap: gap[:2]):
+            if -far > NEAREST:
+                yield point
+
+    def _neighbours(self, place: NDArray[np.float64], choices: NDArray[np.int64], passed: NDArray[np.bool_]
+                    ) -> list[tuple[float, int, int]]:
+        """(distance, i, j): each cell with the nearest of the same choices that came out otherwise, none between."""
+        found = []
+        for i in range(len(place)):
+            others = np.flatnonzero((passed != passed[i]) & (choices == choices[i]).all(axis=1))
+            if len(others):
+                apart = np.linalg.norm(place[others] - place[i], axis=1)
+                j, far = int(others[np.argmin(apart)]), float(apart.min())
+                if far > 0 and not self._third_between(i, j, far, place, choices):
+                    found.append((far, i, j))
+        return found
 
     @staticmethod
     def _third_between(i: int, j: int, far: float, place: NDArray[np.float64], choices: NDArray[np.int64]) -> bool:
@@ -115,7 +156,7 @@ class _Refined:
                     continue
                 here, there = place[i, k], alike[:, k]
                 for end in (there[there < here].max(initial=0.0), there[there > here].min(initial=1.0)):
-                    if end != here:
+                    if abs(end - here) > NEAREST:
                         yield self._moved(points[i], {name: (here + float(end)) / 2})
 
     def _ordered_names(self) -> list[str]:

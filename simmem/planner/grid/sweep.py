@@ -59,7 +59,7 @@ def answer_all(cells: Sequence[Cell], spec_file: Path, *, results: Path | None =
                     if progress is not None:
                         progress(n, len(asked))
             answered += [(cell, CellOutcome.model_validate_json(done[cell.id])) for cell in asked[len(answered):]]
-            more = refine(answered) if refine else []
+            more = refine.next(answered) if refine else []
             if not more:
                 return answered
             _check_all(more, folder, file)
