@@ -25,6 +25,8 @@ __all__ = ["BACKENDS", "check_backend", "opened", "outcomes"]
 BACKENDS = ("loky", "dask", "ray")
 _NEEDED = {"dask": "distributed", "ray": "ray"}
 """Backend → what it needs beside joblib; its extra is called as it is."""
+WAVE = 4
+"""Blocks for each worker that ray is sent at a time: what is not yet back is lost where a search is killed."""
 Task = tuple[int, tuple[str, str, str, str, str]]
 """A cell's place and what `answer_cell` is told."""
 Numbered = Generator[tuple[int, str], None, None]
@@ -118,12 +120,12 @@ def _block(tasks: list[Task]) -> list[tuple[int, str]]:
 
 
 def _joblib(tasks: list[Task], jobs: int, backend: str, block: int) -> Numbered:
-    from joblib import Parallel, delayed
+    from joblib import delayed
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     lost = _lost_errors(backend)
-    found = Parallel(n_jobs=jobs, batch_size=1, return_as="generator_unordered")(
-        delayed(_block)(tasks[i:i + block]) for i in range(0, len(tasks), block))
+    blocks = [delayed(_block)(tasks[i:i + block]) for i in range(0, len(tasks), block)]
+    found = _waves(blocks, jobs) if backend == "ray" else _stream(blocks, jobs)
     try:
         for several in found:
             yield from several
@@ -138,6 +140,24 @@ def _joblib(tasks: list[Task], jobs: int, backend: str, block: int) -> Numbered:
         with warnings.catch_warnings():  # joblib tells whoever stops early of tasks that are cancelled
             warnings.simplefilter("ignore")
             found.close()
+
+
+def _stream(blocks: list[Any], jobs: int) -> Generator[list[tuple[int, str]], None, None]:
+    """Blocks as they are finished."""
+    from joblib import Parallel
+
+    found: Generator[list[tuple[int, str]], None, None] = Parallel(
+        n_jobs=jobs, batch_size=1, return_as="generator_unordered")(blocks)
+    return found
+
+
+def _waves(blocks: list[Any], jobs: int) -> Generator[list[tuple[int, str]], None, None]:
+    """Some blocks for each worker at a time, where a backend hands over all results of a call together."""
+    from joblib import Parallel
+
+    with Parallel(n_jobs=jobs, batch_size=1) as parallel:
+        for i in range(0, len(blocks), WAVE * jobs):
+            yield from parallel(blocks[i:i + WAVE * jobs])
 
 
 def _died(why: str, what: str = "a worker process died (killed, or out of memory)") -> str:
