@@ -23,6 +23,7 @@ from xml.etree import ElementTree
 import pytest
 import yaml
 
+from simmem import __version__
 from simmem.planner.api import plan
 from simmem.planner.grid.spec import load_search
 from simmem.policy.base import policy_named
@@ -385,7 +386,7 @@ def test_the_github_actions_example_works(tmp_path: Path) -> None:
     assert set(workflow) == {"name", True, "permissions", "jobs"}  # YAML reads `on` as true
     [job] = workflow["jobs"].values()
     steps = {step["name"]: step for step in job["steps"] if "name" in step}
-    assert "simmem[search]" in steps["Install simmem"]["run"]
+    assert f"simmem[search]=={__version__}" in steps["Install simmem"]["run"]
     shutil.copy(EXAMPLES / "search.toml", tmp_path)
     program = f'exec {sys.executable} -c "from simmem.cli import main; main()" "$@"'
     (tmp_path / "simmem").write_text(f"#!/bin/sh\n{program}\n")

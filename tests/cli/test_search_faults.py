@@ -29,17 +29,19 @@ def sampled(project: Project) -> None:
     """A sample over sizes, knobs and prompts whose boundary is searched: what fits, and is fast enough."""
     project.change(project.spec, '"100 MB"', '{ from = "20 MB", to = "400 MB" }')
     project.change(project.spec, "agent = \"gpu\"", 'agent = "gpu", resident_ratio = { from = 0.0, to = 0.9 }')
-    project.change(project.spec, "[[grid]]", '[[grid]]\nsample = { cells = 12, refine = 10 }\nexpect = "any"')
+    project.change(project.spec, "[[grid]]", '[[grid]]\nsample = { cells = 6, refine = 6 }\nexpect = "any"')
 
 
-def test_a_refined_sample_is_the_same_for_any_jobs_and_when_resumed(project: Project, simmem: Simmem) -> None:
+def test_a_refined_sample_is_the_same_for_any_jobs_and_when_resumed(project: Project, simmem: Simmem,
+                                                                    monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("simmem.planner.grid.refine.ROUND", 2)
     sampled(project)
     results = project.folder / "r.sqlite"
     whole = simmem("search", project.spec, "--json", "--results", results)
     document = whole.document
     assert whole.code == 0
     cells, boundary = {c["id"]: c for c in document["cells"]}, document["boundary"]
-    assert [c["refined"] for c in document["cells"]] == [False] * 12 + [True] * 10 and boundary
+    assert [c["refined"] for c in document["cells"]] == [False] * 6 + [True] * 6 and boundary
     for pair in boundary:
         inside, outside = cells[pair["passes"]], cells[pair["breaks"]]
         assert (inside["status"], outside["status"]) == ("pass", "infeasible")
@@ -48,12 +50,12 @@ def test_a_refined_sample_is_the_same_for_any_jobs_and_when_resumed(project: Pro
     assert two.out == whole.out
     # Half of it refined, stopped there, and gone on with to the end.
     half = project.folder / "half.sqlite"
-    project.change(project.spec, "refine = 10", "refine = 4")
-    assert len(simmem("search", project.spec, "--json", "--results", half).document["cells"]) == 16
-    project.change(project.spec, "refine = 4", "refine = 10")
+    project.change(project.spec, "refine = 6", "refine = 2")
+    assert len(simmem("search", project.spec, "--json", "--results", half).document["cells"]) == 8
+    project.change(project.spec, "refine = 2", "refine = 6")
     assert simmem("search", project.spec, "--json", "--results", half, "--resume").out == whole.out
     text = simmem("search", project.spec, "--results", results, "--resume").out
-    assert "10 of the cells were added" in text and "turns between" in text
+    assert "6 of the cells were added" in text and "turns between" in text
 
 
 def test_a_draft_is_an_axis(project: Project) -> None:

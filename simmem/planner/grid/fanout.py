@@ -6,6 +6,7 @@ Whoever answers, the outcome of a cell is the same, and it is handed over as soo
 from __future__ import annotations
 
 import importlib.util
+import json
 import signal
 import threading
 import warnings
@@ -98,7 +99,10 @@ def outcomes(cells: Sequence[Cell], folder: Path, file: str, stamp: str, *, jobs
     alone = jobs == 1 and backend == "loky"
     with closing(_here(tasks) if alone else _joblib(tasks, jobs, backend, block)) as found:
         for index, text in found:
-            cell = ordered[index]
+            cell, theirs = ordered[index], json.loads(text)["simmem"]
+            if theirs != __version__:
+                raise MachineError(f"a worker runs simmem {theirs}, and this is {__version__}: install the same one",
+                                   key="--backend")
             _check(cell, CellOutcome.model_validate_json(text), where)
             yield cell, text
 
@@ -112,8 +116,10 @@ def _numbered(index: int, task: tuple[str, str, str, str, str]) -> tuple[int, st
     return index, answer_cell(*task)
 
 
-def _block(tasks: list[Task]) -> list[tuple[int, str]]:
+def _block(version: str, tasks: list[Task]) -> list[tuple[int, str]]:
     """Several cells in a worker, which leaves Ctrl-C to who sent them."""
+    if version != __version__:  # it may not even understand what it is asked
+        return [(index, json.dumps({"simmem": __version__})) for index, _ in tasks]
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGINT, signal.SIG_IGN)
     return [_numbered(index, task) for index, task in tasks]
@@ -124,7 +130,7 @@ def _joblib(tasks: list[Task], jobs: int, backend: str, block: int) -> Numbered:
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     lost = _lost_errors(backend)
-    blocks = [delayed(_block)(tasks[i:i + block]) for i in range(0, len(tasks), block)]
+    blocks = [delayed(_block)(__version__, tasks[i:i + block]) for i in range(0, len(tasks), block)]
     found = _waves(blocks, jobs) if backend == "ray" else _stream(blocks, jobs)
     try:
         for several in found:
@@ -200,9 +206,6 @@ def _check(cell: Cell, outcome: CellOutcome, folder: str) -> None:
         told = kind(outcome.error.message)
         told.exit_code = outcome.error.exit_code
         raise told
-    if outcome.simmem != __version__:
-        raise MachineError(f"a worker runs simmem {outcome.simmem}, and this is {__version__}: install the same one",
-                           key="--backend")
     mine = inputs_of(cell.question, folder)
     for what, digest in (("device", outcome.device_digest), ("model", outcome.model_digest),
                          ("draft", outcome.draft_digest)):
