@@ -235,7 +235,7 @@ def _found(q: CellQuestion, folder: str) -> dict[str, Any]:
     try:
         question = at_draft(lambda batch, length: _question(q, folder, batch, length), q.batch, q.objective,
                             searched=searches_lengths(q.draft, q.knobs))
-        plan = answer(question, brief=True)
+        plan = answer(question, brief=True, compared=False)
     except InfeasiblePlanError as error:
         return {"infeasible": error.message, "tier": error.tier, "missing_bytes": error.missing_bytes}
     except SpecError as error:
