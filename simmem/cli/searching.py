@@ -23,7 +23,8 @@ def search(
     junit: Annotated[Path | None, typer.Option(help="Write JUnit XML there.")] = None,
     markdown: Annotated[Path | None, typer.Option(help="Write a summary for a pull request there.")] = None,
     jobs: Annotated[int, typer.Option(help="Worker processes; more than one needs joblib.", min=1, max=1024)] = 1,
-    backend: Annotated[str, typer.Option(help="loky: processes here; dask: a cluster, through joblib.")] = "loky",
+    backend: Annotated[str, typer.Option(help="loky: processes here; dask, ray: a cluster, through joblib.")] = "loky",
+    block: Annotated[int, typer.Option(help="Cells that a worker is sent at a time.", min=1, max=10_000)] = 1,
     scheduler: Annotated[str | None, typer.Option(
         help="dask: address of a scheduler; default: --jobs processes on this machine.")] = None,
     as_json: Json = False,
@@ -32,6 +33,7 @@ def search(
     from simmem.planner.grid.baseline import baseline_of, read_baseline
     from simmem.planner.grid.fanout import BACKENDS, check_backend
     from simmem.planner.grid.gate import judge
+    from simmem.planner.grid.refine import Refinement
     from simmem.planner.grid.spec import load_search
     from simmem.planner.grid.sweep import answer_all
     from simmem.report.files import check_writable, write_text
@@ -54,9 +56,10 @@ def search(
         if one.resolve() in [other.resolve() for other in (*written[:index], spec_file)]:
             raise SpecError("is named for two files; write to another one", file=str(one))
     before = None if baseline is None else read_baseline(baseline)
+    refine = Refinement(spec)
     answered = answer_all(cells, spec_file, results=results, resume=resume, jobs=jobs, backend=backend,
-                          scheduler=scheduler, progress=_progress)
-    found = judge(answered, spec_file, before, str(baseline) if baseline else None)
+                          scheduler=scheduler, block=block, refine=refine, progress=_progress)
+    found = judge(answered, spec_file, before, str(baseline) if baseline else None, refine.boundary(answered))
     if save_baseline is not None:
         write_text(save_baseline, baseline_of(answered, spec_file.parent).model_dump_json(by_alias=True, indent=1)
                    + "\n")

@@ -120,8 +120,12 @@ def plan(
     return answer(question)
 
 
-def answer(question: Question, *, brief: bool = False) -> Plan:
-    """Search, prove, predict and explain. `brief` leaves out sensitivities, alternatives and the front."""
+def answer(question: Question, *, brief: bool = False, compared: bool = True) -> Plan:
+    """Search, prove, predict and explain.
+
+    brief : leave out sensitivities, alternatives and the front.
+    compared : with the best of policies that were not asked for; else baselines are those of the ones that were.
+    """
     found = [search(question, p) for p in question.precisions]
     if not any(f.ranked for f in found):
         lossy = [c for f in found for c in f.too_lossy]
@@ -166,7 +170,7 @@ def answer(question: Question, *, brief: bool = False) -> Plan:
         residency=[Residency(tensors=p.tensors, tier=p.tier, bytes=p.bytes)
                    for p in best.policy.placements(context, best.block)],
         memory=recommended.memory, predicted=predicted, quality=recommended.quality, bound=lower_bound(context),
-        baselines=_baselines(question, same, best, predicted.token_latency_s),
+        baselines=_baselines(question, same, best, predicted.token_latency_s, compared=compared),
         sensitivity=[] if brief else _sensitivities(question, best, stratified_rows(context, best.policy, SIDE_ROWS)),
         alternatives=[] if brief else [alternative(c, _some(c)) for c in (
             choose(f.ranked, question.objective, n_rows=SIDE_ROWS)[0]
@@ -288,14 +292,16 @@ def _too_lossy(question: Question, found: Sequence[Found], best: Candidate) -> l
     return [f"{_loss(fastest, question)} and {_would(question, fastest)}: more than was allowed or measured"]
 
 
-def _baselines(question: Question, same: Found, best: Candidate, latency_s: float) -> list[Baseline]:
-    """The best of every other policy at the same precision and budget, and nothing resident at all.
+def _baselines(question: Question, same: Found, best: Candidate, latency_s: float, *, compared: bool
+               ) -> list[Baseline]:
+    """The best of every other policy (or of those that were asked for) at the same precision and budget, and
+    nothing resident at all.
 
     What drops work where it need not, or could not be followed, stands for its policy only where nothing else does.
     """
     others, fits = [*same.ranked, *same.set_aside], same.fits
     missing = [n for n in policies() if n not in question.policy_names]
-    if missing:
+    if missing and compared:
         more = search(replace(question, policy_names=tuple(missing), fixed={}, defaults=False),
                       best.context.workload.weights)
         others, fits = [*others, *more.ranked, *more.set_aside], fits or more.fits

@@ -11,6 +11,8 @@ from simmem.units import format_quantity
 
 __all__ = ["junit_of", "markdown_of", "print_search"]
 
+MOST_TURNS = 10
+"""Pairs of cells around a boundary that are named."""
 STYLES = {"pass": "green", "expected": "dim", "broken": "bold red"}
 MOST_ROWS = 200
 """Cells that a terminal or a pull request is shown; the JSON has all."""
@@ -84,6 +86,12 @@ def _notes(found: SearchDocument) -> list[str]:
         lines.append(f"moved within their limits: {_listed(moved)}")
     if found.new_cells:
         lines.append(f"not in the baseline, so held to their limits alone: {_listed(found.new_cells)}")
+    added = sum(cell.refined for cell in found.cells)
+    if added:
+        lines.append(f"{added} of the cells were added where the sample asked for it")
+    lines += [f"turns between {pair.passes} (passes) and {pair.breaks}" for pair in found.boundary[:MOST_TURNS]]
+    if len(found.boundary) > MOST_TURNS:
+        lines.append(f"and between {len(found.boundary) - MOST_TURNS} pairs more; --json has them all")
     if found.left_out:
         lines.append(f"in the baseline, and no longer searched: {_listed(found.left_out)}")
     return lines

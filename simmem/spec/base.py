@@ -285,7 +285,7 @@ def validate(kind: type[M], data: Any, *, file: str) -> M:
         problems = error.errors(include_url=False)
         problems.sort(key=lambda p: p["type"] != "extra_forbidden")
         first = problems[0]
-        key = ".".join(str(part) for part in first["loc"] if part != "[key]") or None
+        key = ".".join(str(part) for part in first["loc"] if not str(part).startswith("[")) or None
         raise SpecError(_explain(kind, first), file=file, key=key) from None
 
 

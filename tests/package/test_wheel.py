@@ -54,7 +54,7 @@ def test_nothing_optional_is_required(wheel: zipfile.ZipFile) -> None:
     assert requirements
     plain = {text.split(">")[0] for text in requirements if "extra ==" not in text}
     assert plain == {"networkx", "numpy", "pydantic", "rich", "safetensors", "simpy", "typer"}
-    assert {"capture", "dask", "dev", "export", "fit", "plot", "search", "test"} == set(
+    assert {"capture", "dask", "dev", "export", "fit", "plot", "ray", "search", "test"} == set(
         metadata.get_all("Provides-Extra") or ())
     assert metadata["License-Expression"] == "Apache-2.0"
 

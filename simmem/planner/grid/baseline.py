@@ -33,6 +33,8 @@ def search_inputs(answered: Answered) -> list[InputFile]:
     for cell, outcome in answered:
         files = [("device", cell.question.device, outcome.device_digest),
                  ("model", cell.question.model, outcome.model_digest)]
+        if cell.question.draft is not None:
+            files.append(("model", cell.question.draft, outcome.draft_digest))
         if outcome.plan is not None and outcome.plan.trace is not None:
             files.append(("trace", _trace_name(outcome), outcome.plan.trace.digest))
         for what, name, digest in files:

@@ -19,16 +19,16 @@ from pydantic import BaseModel, ConfigDict
 from simmem import __version__
 from simmem.errors import InfeasiblePlanError, SimmemError, SpecError
 from simmem.planner.api import answer
-from simmem.planner.batches import at_batch
 from simmem.planner.document import Plan
+from simmem.planner.drafts import at_draft, searches_lengths
 from simmem.planner.grid.spec import CellQuestion, in_cell
-from simmem.planner.question import Question, ask, budgets_of
+from simmem.planner.question import DRAFT_LENGTH, Question, ask, budgets_of
 from simmem.policy.base import policies, policy_named
 from simmem.policy.context import Replayed
 from simmem.spec import library
 from simmem.spec.device import Device, load_device
 from simmem.spec.model import Model, load_model
-from simmem.spec.workload import Workload, mixed_precisions
+from simmem.spec.workload import Draft, Workload, mixed_precisions
 from simmem.trace import default_trace_file
 
 __all__ = ["CellError", "CellOutcome", "answer_cell", "check_question", "content_of", "contents_of",
@@ -54,6 +54,8 @@ class CellOutcome(BaseModel):
     """The version that planned."""
     device_digest: str
     model_digest: str
+    draft_digest: str = ""
+    """Of the draft model, where there is one."""
     host: str = ""
     """The tier that `max_dram` speaks of."""
     plan: Plan | None = None
@@ -83,7 +85,7 @@ def _digest(what: str, name: str, folder: str) -> str:
 
 def forget() -> None:
     """Read devices, models and traces again: their files may have been changed."""
-    for kept in (_device, _model, _digest, _trace_file, _file_digest, _replayed, _asked):
+    for kept in (_device, _model, _digest, _trace_file, _file_digest, _turn_to, _replayed, _asked):
         kept.cache_clear()
 
 
@@ -128,6 +130,8 @@ def digest_of_content(content: Mapping[str, Any]) -> str:
 def inputs_of(question: CellQuestion, folder: str) -> dict[str, str]:
     """Digests of what a question rests on: device, model and the trace that is named or the model's own."""
     found = {"device": _digest("device", question.device, folder), "model": _digest("model", question.model, folder)}
+    if question.draft is not None:
+        found["draft"] = _digest("model", question.draft, folder)
     trace = _trace_file(question.trace, question.model, folder)
     if trace is not None:
         found["trace"] = _file_digest(str(trace))
@@ -154,12 +158,22 @@ def check_question(question: CellQuestion, folder: str) -> None:
     mixed = () if q.weights is None or (isinstance(q.weights, str) and "=" not in q.weights) \
         else mixed_precisions(q.weights)
     plain = q.weights if isinstance(q.weights, str) and not mixed else model.own_precision
-    Workload(q.prompt_tokens, q.new_tokens, q.batch or 1, plain, q.kv, mixed).check(model)
+    draft = None if q.draft is None else Draft(_model(q.draft, folder), q.knobs.get(DRAFT_LENGTH.name, 1),
+                                               q.acceptance or 0.0)
+    Workload(q.prompt_tokens, q.new_tokens, q.batch or 1, plain, q.kv, mixed, draft).check(model)
     for name in q.policies or ():
         policy_named(name)
     if q.engine is not None:
         device.check_engine(q.engine)
     _trace_file(q.trace, q.model, folder)
+
+
+@lru_cache(maxsize=1)
+def _turn_to(model: str, trace: str | None, folder: str) -> None:
+    """Cells come model by model: what was opened for another one is not asked for again, and takes memory."""
+    del model, trace, folder
+    _replayed.cache_clear()
+    _asked.cache_clear()
 
 
 @lru_cache(maxsize=8)
@@ -170,26 +184,28 @@ def _replayed(key: str) -> list[Replayed]:
 
 
 @lru_cache(maxsize=16)
-def _asked(text: str, folder: str, batch: int) -> Question:
+def _asked(text: str, folder: str, batch: int, length: int | None) -> Question:
     """A question without budgets and policies, as those that share device, model and workload have it in common."""
     q = CellQuestion.model_validate_json(text)
-    opened = _replayed(json.dumps([q.model, folder, q.trace, batch, q.max_quality_loss]))
+    opened = _replayed(json.dumps([q.model, folder, q.trace, batch, q.max_quality_loss, length]))
     trace = None if q.trace is None else str(_trace_file(q.trace, q.model, folder))
     question = ask(
         q.device, q.model, prompt=q.prompt_tokens, new_tokens=q.new_tokens, batch=batch, weights=q.weights, kv=q.kv,
         trace=trace, objective=q.objective, engine=q.engine, max_quality_loss=q.max_quality_loss,
-        relative_to=Path(folder), opened=opened[0] if opened else None)
+        draft=q.draft, acceptance=q.acceptance, draft_length=length, relative_to=Path(folder),
+        opened=opened[0] if opened else None)
     found = question.replayed or question.routing
     if found is not None and not opened:
         opened.append(found)
     return question
 
 
-def _question(q: CellQuestion, folder: str, batch: int) -> Question:
+def _question(q: CellQuestion, folder: str, batch: int, length: int | None) -> Question:
     shared = q.model_copy(update={"dram": None, "vram": None, "policies": None, "knobs": {}, "batch": None})
-    question = _asked(shared.model_dump_json(), folder, batch)
+    knobs = dict(q.knobs)
+    question = _asked(shared.model_dump_json(), folder, batch, knobs.pop(DRAFT_LENGTH.name, length))
     return replace(question, budget_bytes=budgets_of(question.device, q.dram, q.vram),
-                   policy_names=q.policies or tuple(policies()), fixed=dict(q.knobs), open_choice=q.policies is None)
+                   policy_names=q.policies or tuple(policies()), fixed=knobs, open_choice=q.policies is None)
 
 
 def answer_cell(question_json: str, folder: str, cell: str, file: str, stamp: str) -> str:
@@ -203,8 +219,9 @@ def answer_cell(question_json: str, folder: str, cell: str, file: str, stamp: st
     _begin(stamp)
     q = CellQuestion.model_validate_json(question_json)
     try:
-        outcome = CellOutcome(simmem=__version__, device_digest=_digest("device", q.device, folder),
-                              model_digest=_digest("model", q.model, folder))
+        rests_on = {f"{what}_digest": _digest("device" if what == "device" else "model", name, folder)
+                    for what, name in (("device", q.device), ("model", q.model), ("draft", q.draft)) if name}
+        outcome = CellOutcome(simmem=__version__, **rests_on)
         outcome = outcome.model_copy(update=_found(q, folder))
     except SimmemError as error:
         told = in_cell(error, cell, file)
@@ -214,9 +231,11 @@ def answer_cell(question_json: str, folder: str, cell: str, file: str, stamp: st
 
 
 def _found(q: CellQuestion, folder: str) -> dict[str, Any]:
+    _turn_to(q.model, q.trace, folder)
     try:
-        question = at_batch(lambda batch: _question(q, folder, batch), q.batch, q.objective)
-        plan = answer(question, brief=True)
+        question = at_draft(lambda batch, length: _question(q, folder, batch, length), q.batch, q.objective,
+                            searched=searches_lengths(q.draft, q.knobs))
+        plan = answer(question, brief=True, compared=False)
     except InfeasiblePlanError as error:
         return {"infeasible": error.message, "tier": error.tier, "missing_bytes": error.missing_bytes}
     except SpecError as error:

@@ -10,8 +10,8 @@ from simmem.planner.document import Bound, Plan
 from simmem.planner.grid.spec import CellQuestion, Expected
 from simmem.policy.base import Setting
 
-__all__ = ["Baseline", "BaselineCell", "BaselineRef", "ChangedInput", "InputFile", "SearchCell", "SearchDocument",
-           "SearchSummary", "Violation"]
+__all__ = ["Baseline", "BaselineCell", "BaselineRef", "BoundaryPair", "ChangedInput", "InputFile", "SearchCell",
+           "SearchDocument", "SearchSummary", "Violation"]
 
 Status = Literal["pass", "fail", "infeasible"]
 What = Literal["device", "model", "trace"]
@@ -69,6 +69,8 @@ class SearchCell(_Part):
     """What moved since the baseline, within limits or not."""
     compared_with: str | None
     """The baseline's cell: of the same name, or of the same but for its budget."""
+    refined: bool = False
+    """Added to a sample where the outcomes of others asked for it."""
 
 
 class BaselineRef(_Part):
@@ -86,6 +88,15 @@ class SearchSummary(_Part):
     """Cells with a violation; any makes the exit code 1."""
 
 
+class BoundaryPair(_Part):
+    """Two cells of a sample that differ only along ranges and rising lists, with none between them."""
+
+    passes: str
+    """The one that keeps its limits."""
+    breaks: str
+    """The one that does not, or is infeasible."""
+
+
 class SearchDocument(_Part):
     """`simmem search --json`. Nothing in it depends on when, how fast or on how many cores it was made."""
 
@@ -101,6 +112,8 @@ class SearchDocument(_Part):
     left_out: list[str]
     """Cells of the baseline that the search no longer has."""
     summary: SearchSummary
+    boundary: list[BoundaryPair] = []
+    """Of samples that were refined around their boundary, the nearest to each other first."""
 
     @property
     def broken(self) -> list[SearchCell]:

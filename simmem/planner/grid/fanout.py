@@ -6,10 +6,13 @@ Whoever answers, the outcome of a cell is the same, and it is handed over as soo
 from __future__ import annotations
 
 import importlib.util
+import json
+import signal
+import threading
 import warnings
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import CancelledError
-from contextlib import ExitStack, closing
+from contextlib import ExitStack, closing, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -18,9 +21,13 @@ from simmem.errors import MachineError, SimmemError, SpecError, TraceError
 from simmem.planner.grid.cells import CellOutcome, answer_cell, inputs_of
 from simmem.planner.grid.spec import Cell
 
-__all__ = ["BACKENDS", "check_backend", "outcomes"]
+__all__ = ["BACKENDS", "check_backend", "opened", "outcomes"]
 
-BACKENDS = ("loky", "dask")
+BACKENDS = ("loky", "dask", "ray")
+_NEEDED = {"dask": "distributed", "ray": "ray"}
+"""Backend → what it needs beside joblib; its extra is called as it is."""
+WAVE = 4
+"""Blocks for each worker that ray is sent at a time: what is not yet back is lost where a search is killed."""
 Task = tuple[int, tuple[str, str, str, str, str]]
 """A cell's place and what `answer_cell` is told."""
 Numbered = Generator[tuple[int, str], None, None]
@@ -35,16 +42,48 @@ def check_backend(jobs: int, backend: str, scheduler: str | None) -> None:
         return
     if importlib.util.find_spec("joblib") is None:
         raise MachineError("more than one job needs joblib; install with: pip install 'simmem[search]'", key="--jobs")
-    if backend == "dask" and importlib.util.find_spec("distributed") is None:
-        raise MachineError("the dask backend needs distributed; install with: pip install 'simmem[dask]'",
+    needed = _NEEDED.get(backend)
+    if needed is not None and importlib.util.find_spec(needed) is None:
+        raise MachineError(f"the {backend} backend needs {needed}; install with: pip install 'simmem[{backend}]'",
                            key="--backend")
 
 
+@contextmanager
+def opened(jobs: int = 1, backend: str = "loky", scheduler: str | None = None) -> Iterator[None]:
+    """Workers for all `outcomes` asked for meanwhile: a cluster is started or connected to once.
+
+    Raises
+    ------
+    MachineError
+        No scheduler answers.
+    """
+    with ExitStack() as stack:
+        if jobs > 1 or backend != "loky":
+            from joblib import parallel_config
+
+            stack.enter_context(warnings.catch_warnings())
+            # loky replaces a worker whose memory grew, as it should: nothing is lost by it.
+            warnings.filterwarnings("ignore", "A worker stopped while some jobs", UserWarning)
+            if backend == "dask":
+                stack.enter_context(parallel_config("dask", client=_client(jobs, scheduler, stack)))
+            elif backend == "ray":
+                from ray.util.joblib import register_ray
+
+                register_ray()
+                stack.enter_context(parallel_config("ray"))
+            else:
+                # One thread each: processes are the parallelism, and sums keep their order.
+                stack.enter_context(parallel_config("loky", inner_max_num_threads=1))
+        yield
+
+
 def outcomes(cells: Sequence[Cell], folder: Path, file: str, stamp: str, *, jobs: int = 1, backend: str = "loky",
-             scheduler: str | None = None) -> Generator[tuple[Cell, str], None, None]:
-    """Each cell with its outcome as JSON, in the order in which they are finished.
+             block: int = 1) -> Generator[tuple[Cell, str], None, None]:
+    """Each cell with its outcome as JSON, in the order in which they are finished; inside `opened`.
 
     Cells of one model and device are asked one after the other, so that a process finds what they share.
+
+    block : cells that a worker is sent at a time, and sends back together.
 
     Raises
     ------
@@ -58,9 +97,12 @@ def outcomes(cells: Sequence[Cell], folder: Path, file: str, stamp: str, *, jobs
     where = str(folder.resolve())
     tasks = [(index, (c.question.model_dump_json(), where, c.id, file, stamp)) for index, c in enumerate(ordered)]
     alone = jobs == 1 and backend == "loky"
-    with closing(_here(tasks) if alone else _joblib(tasks, jobs, backend, scheduler)) as found:
+    with closing(_here(tasks) if alone else _joblib(tasks, jobs, backend, block)) as found:
         for index, text in found:
-            cell = ordered[index]
+            cell, theirs = ordered[index], json.loads(text)["simmem"]
+            if theirs != __version__:
+                raise MachineError(f"a worker runs simmem {theirs}, and this is {__version__}: install the same one",
+                                   key="--backend")
             _check(cell, CellOutcome.model_validate_json(text), where)
             yield cell, text
 
@@ -74,33 +116,54 @@ def _numbered(index: int, task: tuple[str, str, str, str, str]) -> tuple[int, st
     return index, answer_cell(*task)
 
 
-def _joblib(tasks: list[Task], jobs: int, backend: str, scheduler: str | None) -> Numbered:
-    from joblib import Parallel, delayed, parallel_config
+def _block(version: str, tasks: list[Task]) -> list[tuple[int, str]]:
+    """Several cells in a worker, which leaves Ctrl-C to who sent them."""
+    if version != __version__:  # it may not even understand what it is asked
+        return [(index, json.dumps({"simmem": __version__})) for index, _ in tasks]
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    return [_numbered(index, task) for index, task in tasks]
+
+
+def _joblib(tasks: list[Task], jobs: int, backend: str, block: int) -> Numbered:
+    from joblib import delayed
     from joblib.externals.loky.process_executor import BrokenProcessPool
 
     lost = _lost_errors(backend)
-    with ExitStack() as stack:
-        if backend == "dask":
-            stack.enter_context(parallel_config("dask", client=_client(jobs, scheduler, stack)))
-        else:
-            # One thread each: processes are the parallelism, and sums keep their order.
-            stack.enter_context(parallel_config("loky", inner_max_num_threads=1))
-        found = Parallel(n_jobs=jobs, batch_size=1, return_as="generator_unordered")(
-            delayed(_numbered)(index, task) for index, task in tasks)
-        try:
-            for one in found:  # noqa: UP028 - `yield from` would close it where its warning is not caught
-                yield one
-        except BrokenProcessPool as error:
-            raise MachineError(_died(str(error)), key="--jobs") from None
-        except ImportError as error:
-            raise MachineError(f"a worker could not load simmem ({error}); install {__version__} there",
-                               key="--backend") from None
-        except lost as error:
-            raise MachineError(_died(str(error), "a worker or the scheduler is gone"), key="--backend") from None
-        finally:
-            with warnings.catch_warnings():  # joblib tells whoever stops early of tasks that are cancelled
-                warnings.simplefilter("ignore")
-                found.close()
+    blocks = [delayed(_block)(__version__, tasks[i:i + block]) for i in range(0, len(tasks), block)]
+    found = _waves(blocks, jobs) if backend == "ray" else _stream(blocks, jobs)
+    try:
+        for several in found:
+            yield from several
+    except BrokenProcessPool as error:
+        raise MachineError(_died(str(error)), key="--jobs") from None
+    except ImportError as error:
+        raise MachineError(f"a worker could not load simmem ({error}); install {__version__} there",
+                           key="--backend") from None
+    except lost as error:
+        raise MachineError(_died(str(error), "a worker or the scheduler is gone"), key="--backend") from None
+    finally:
+        with warnings.catch_warnings():  # joblib tells whoever stops early of tasks that are cancelled
+            warnings.simplefilter("ignore")
+            found.close()
+
+
+def _stream(blocks: list[Any], jobs: int) -> Generator[list[tuple[int, str]], None, None]:
+    """Blocks as they are finished."""
+    from joblib import Parallel
+
+    found: Generator[list[tuple[int, str]], None, None] = Parallel(
+        n_jobs=jobs, batch_size=1, return_as="generator_unordered")(blocks)
+    return found
+
+
+def _waves(blocks: list[Any], jobs: int) -> Generator[list[tuple[int, str]], None, None]:
+    """Some blocks for each worker at a time, where a backend hands over all results of a call together."""
+    from joblib import Parallel
+
+    with Parallel(n_jobs=jobs, batch_size=1) as parallel:
+        for i in range(0, len(blocks), WAVE * jobs):
+            yield from parallel(blocks[i:i + WAVE * jobs])
 
 
 def _died(why: str, what: str = "a worker process died (killed, or out of memory)") -> str:
@@ -109,7 +172,11 @@ def _died(why: str, what: str = "a worker process died (killed, or out of memory
 
 
 def _lost_errors(backend: str) -> tuple[type[BaseException], ...]:
-    """What dask raises where workers or the scheduler are gone."""
+    """What a cluster raises where workers or the scheduler are gone."""
+    if backend == "ray":
+        from ray.exceptions import RayError
+
+        return (RayError,)
     if backend != "dask":
         return ()
     from distributed import KilledWorker
@@ -139,11 +206,9 @@ def _check(cell: Cell, outcome: CellOutcome, folder: str) -> None:
         told = kind(outcome.error.message)
         told.exit_code = outcome.error.exit_code
         raise told
-    if outcome.simmem != __version__:
-        raise MachineError(f"a worker runs simmem {outcome.simmem}, and this is {__version__}: install the same one",
-                           key="--backend")
     mine = inputs_of(cell.question, folder)
-    for what, digest in (("device", outcome.device_digest), ("model", outcome.model_digest)):
-        if digest != mine[what]:
+    for what, digest in (("device", outcome.device_digest), ("model", outcome.model_digest),
+                         ("draft", outcome.draft_digest)):
+        if digest != mine.get(what, ""):
             raise MachineError(f"a worker read another {what} file for the cell {cell.id} than this process: was it "
                                "changed meanwhile?", key="--backend")

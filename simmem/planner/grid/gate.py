@@ -14,6 +14,7 @@ from simmem.planner.grid.document import (
     Baseline,
     BaselineCell,
     BaselineRef,
+    BoundaryPair,
     ChangedInput,
     SearchCell,
     SearchDocument,
@@ -24,7 +25,7 @@ from simmem.planner.grid.spec import LIMITS, Cell, said
 from simmem.spec.workload import weights_label
 from simmem.units import format_quantity
 
-__all__ = ["judge"]
+__all__ = ["judge", "passes"]
 
 SAME = 1e-9
 """Figures that differ by no more than this share are the same."""
@@ -35,8 +36,11 @@ _WORDS = {"token_latency_s": ("a token", "s"), "first_token_s": ("the first toke
 
 
 def judge(answered: Sequence[tuple[Cell, CellOutcome]], spec_file: Path, baseline: Baseline | None = None,
-          baseline_file: str | None = None) -> SearchDocument:
-    """Hold every cell to its limits and, where there is one, to the baseline."""
+          baseline_file: str | None = None, boundary: Sequence[tuple[str, str]] = ()) -> SearchDocument:
+    """Hold every cell to its limits and, where there is one, to the baseline.
+
+    boundary : neighbours of which the first passes by its limits and the second does not.
+    """
     folder = spec_file.parent
     inputs = search_inputs(answered)
     changed = changed_inputs(inputs, baseline, folder) if baseline else []
@@ -52,7 +56,13 @@ def judge(answered: Sequence[tuple[Cell, CellOutcome]], spec_file: Path, baselin
         new_cells=[c.id for c, _ in answered if c.id not in pairs] if baseline else [],
         left_out=[one.id for one in baseline.cells if one.id not in compared] if baseline else [],
         summary=SearchSummary(n=len(cells), passed=counts["pass"], failed=counts["fail"],
-                              infeasible=counts["infeasible"], broken=sum(bool(c.violations) for c in cells)))
+                              infeasible=counts["infeasible"], broken=sum(bool(c.violations) for c in cells)),
+        boundary=[BoundaryPair(passes=inside, breaks=outside) for inside, outside in boundary])
+
+
+def passes(cell: Cell, outcome: CellOutcome) -> bool:
+    """Whether a cell has a plan that keeps its own limits, whatever was expected of it and a baseline says."""
+    return outcome.plan is not None and not _against_limits(cell, outcome, outcome.plan, None)
 
 
 def _judged(cell: Cell, outcome: CellOutcome, before: BaselineCell | None, changed: Sequence[ChangedInput],
@@ -79,7 +89,7 @@ def _judged(cell: Cell, outcome: CellOutcome, before: BaselineCell | None, chang
         "figures": outcome.figures, "infeasible": outcome.infeasible, "tier": outcome.tier,
         "missing_bytes": outcome.missing_bytes, "violations": violations,
         "changes": [*given, *chosen, *_latency_change(outcome, before)],
-        "compared_with": before.id if before else None})
+        "compared_with": before.id if before else None, "refined": cell.refined})
 
 
 def _against_limits(cell: Cell, outcome: CellOutcome, plan: Plan, since: str | None) -> list[Violation]:
@@ -161,7 +171,7 @@ def _inputs_moved(cell: Cell, outcome: CellOutcome, before: BaselineCell | None,
     if before is None:
         return []
     q = cell.question
-    mine = ("device", q.device), ("model", q.model)
+    mine = ("device", q.device), ("model", q.model), ("model", q.draft)
     found = [f"{one.what} {one.name} changed ({'; '.join(one.changes)})" for one in changed
              if (one.what, one.name) in mine]
     trace = outcome.plan.trace if outcome.plan else None

@@ -6,22 +6,35 @@ and the limits that every cell has to keep. Nothing is planned here.
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, Field, StrictInt, StrictStr, WithJsonSchema, field_validator, model_validator
+from pydantic import Field, StrictInt, WithJsonSchema, field_validator, model_validator
 
-from simmem.errors import SimmemError, SpecError
+from simmem.errors import MachineError, SimmemError, SpecError
+from simmem.planner.grid.ranges import (
+    Axis,
+    Counts,
+    KnobValues,
+    Names,
+    Precisions,
+    Range,
+    Shares,
+    Sizes,
+    read_quantity,
+)
+from simmem.planner.grid.sample import Point, Space, enumerated, has_range, is_ordered, sobol_points
+from simmem.planner.question import DRAFT_LENGTH
 from simmem.spec.base import Frozen, load_toml, validate
 from simmem.spec.library import looks_like_path
-from simmem.units import format_quantity, parse_quantity
+from simmem.units import format_quantity
 
-__all__ = ["LIMITS", "BudgetAxis", "Cell", "CellQuestion", "Expected", "Grid", "Limits", "PolicyAxis", "SearchSpec",
-           "WorkloadAxis", "in_cell", "load_search", "said"]
+__all__ = ["LIMITS", "BudgetAxis", "Cell", "CellQuestion", "Expected", "Grid", "Limits", "PolicyAxis", "Sample",
+           "SearchSpec", "WorkloadAxis", "cell_at", "in_cell", "load_search", "said"]
 
 MAX_CELLS = 100_000
+NO_DRAFT = "none"
 LIMITS = {"max_latency": "s", "min_tokens_per_s": "tokens_per_s", "max_dram": "bytes", "max_energy": "joule",
           "max_quality_loss": "share", "max_regress": "share"}
 """Limit → dimension of its quantity."""
@@ -29,23 +42,6 @@ REGRESS = 0.02
 """By how much a cell may be worse than in the baseline, where nothing else is said."""
 
 
-def _one_or_more(given: object) -> object:
-    """A value by itself is a list of one."""
-    return tuple(given) if isinstance(given, (list, tuple)) else (given,)
-
-
-def _written_as(*kinds: str) -> WithJsonSchema:
-    """In the schema of the file: one of these, or a list of them."""
-    each = [{"type": kind} for kind in kinds]
-    return WithJsonSchema({"anyOf": [*each, {"type": "array", "minItems": 1, "items": {"anyOf": each}}]}, "validation")
-
-
-Names = Annotated[tuple[StrictStr, ...], BeforeValidator(_one_or_more), Field(min_length=1, max_length=10_000),
-                  _written_as("string")]
-Counts = Annotated[tuple[Annotated[StrictInt, Field(ge=1, le=10_000_000)], ...], BeforeValidator(_one_or_more),
-                   Field(min_length=1, max_length=10_000), _written_as("integer")]
-Precisions = Annotated[tuple[StrictStr | dict[str, StrictStr], ...], BeforeValidator(_one_or_more),
-                       Field(min_length=1, max_length=100), _written_as("string", "object")]
 Quoted = Annotated[float, WithJsonSchema({"type": "string"}, "validation")]
 Share = Annotated[float, WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "number"}]}, "validation")]
 Objective = Literal["latency", "throughput", "energy", "memory"]
@@ -74,7 +70,7 @@ class Limits(Frozen):
         dimension = LIMITS[info.field_name]
         if dimension == "tokens_per_s" and isinstance(given, str):
             given = given.replace("tokens/s", "token/s")
-        value = _read_quantity(given, dimension)
+        value = read_quantity(given, dimension)
         if dimension == "share" and value > 1 and "%" not in str(given):
             raise ValueError(f"found {given!r}, which is {format_quantity(value, 'share')}; write it so if it is meant")
         return value
@@ -85,14 +81,25 @@ class Limits(Frozen):
                                          else getattr(self, name) for name in LIMITS})
 
 
-def _read_quantity(given: object, dimension: str) -> float:
-    try:
-        return parse_quantity(given, dimension)
-    except SimmemError as error:  # pydantic reports ValueError with the path of keys
-        raise ValueError(error.message) from None
+class _Entry(Frozen):
+    """An entry of a part of the grid: values of some axes, and the name of those that are not listed alone."""
+
+    def axes(self) -> dict[str, Axis]:
+        """Its axes; one that has nothing to choose has one value."""
+        raise NotImplementedError
+
+    def told(self, values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        """(label, what the question says) of one value of each axis."""
+        raise NotImplementedError
+
+    def labelled(self, label: str) -> str:
+        """A label under the name of the entry, which stands alone where there is one combination."""
+        name: str | None = getattr(self, "name", None)
+        alone = all(not isinstance(axis, Range) and len(axis) == 1 for axis in self.axes().values())
+        return label if name is None else name if alone else f"{name}:{label}"
 
 
-class WorkloadAxis(Frozen):
+class WorkloadAxis(_Entry):
     """Workloads; a list in place of a value opens one for each."""
 
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,-]*$", max_length=60)
@@ -101,53 +108,59 @@ class WorkloadAxis(Frozen):
     batch: Counts | None = None
     weights: Precisions | None = None
     kv: Names = ("fp16",)
+    draft: Names | None = None
+    """Models that propose tokens; "none": nothing is drafted."""
+    acceptance: Shares | None = None
+    draft_length: Counts | None = None
 
-    def each(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(label, what `ask` is told) of each workload."""
-        found = list(itertools.product(self.prompt_tokens, self.new_tokens, self.batch or (None,),
-                                       self.weights or (None,), self.kv))
-        for prompt, new, batch, weights, kv in found:
-            mixed = ",".join(f"{k}={v}" for k, v in weights.items()) if isinstance(weights, dict) else weights
-            label = "-".join([f"p{prompt}", f"n{new}", *([f"b{batch}"] if batch else []), *([mixed] if mixed else []),
-                              *([f"kv={kv}"] if kv != "fp16" else [])])
-            if self.name:
-                label = self.name if len(found) == 1 else f"{self.name}:{label}"
-            yield label, {"prompt_tokens": prompt, "new_tokens": new, "batch": batch, "weights": weights, "kv": kv}
+    @model_validator(mode="after")
+    def _drafts_whole(self) -> WorkloadAxis:
+        drafts = self.draft is not None and any(name != NO_DRAFT for name in self.draft)
+        if drafts and self.acceptance is None:
+            raise ValueError("found a draft model without acceptance, expected the share of its tokens that are "
+                             "accepted, e.g. acceptance = 0.8")
+        if not drafts and (self.acceptance or self.draft_length):
+            raise ValueError(f"found {'acceptance' if self.acceptance else 'draft_length'} without a draft model")
+        return self
+
+    def axes(self) -> dict[str, Axis]:
+        nothing = (None,)
+        return {"prompt_tokens": self.prompt_tokens, "new_tokens": self.new_tokens, "batch": self.batch or nothing,
+                "weights": self.weights or nothing, "kv": self.kv, "draft": self.draft or nothing,
+                "acceptance": self.acceptance or nothing, DRAFT_LENGTH.name: self.draft_length or nothing}
+
+    def told(self, values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        if values["draft"] in (None, NO_DRAFT):
+            values = {**values, "draft": None, "acceptance": None, DRAFT_LENGTH.name: None}
+        prompt, new, batch, weights, kv, draft, acceptance, length = values.values()
+        mixed = ",".join(f"{k}={v}" for k, v in weights.items()) if isinstance(weights, dict) else weights
+        proposed = f"draft={draft}@{acceptance:g}" + (f",length={length}" if length else "") if draft else None
+        return self.labelled("-".join([
+            f"p{prompt}", f"n{new}", *([f"b{batch}"] if batch else []), *([mixed] if mixed else []),
+            *([f"kv={kv}"] if kv != "fp16" else []), *([proposed] if proposed else [])])), values
 
 
-class BudgetAxis(Frozen):
+class BudgetAxis(_Entry):
     """Budgets of memory; a list in place of a size opens one for each."""
 
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,-]*$", max_length=60)
-    dram: Names | None = None
-    vram: Names | None = None
+    dram: Sizes | None = None
+    vram: Sizes | None = None
 
-    @field_validator("dram", "vram", mode="before")
-    @classmethod
-    def _are_sizes(cls, given: object) -> object:
-        sizes = _one_or_more(given)
-        assert isinstance(sizes, tuple)
-        for size in sizes:
-            _read_quantity(size, "bytes")
-        return sizes
+    def axes(self) -> dict[str, Axis]:
+        return {"dram": self.dram or (None,), "vram": self.vram or (None,)}
 
-    def each(self) -> Iterator[tuple[str, dict[str, Any]]]:
-        """(label, what `ask` is told) of each budget."""
-        found = list(itertools.product(self.dram or (None,), self.vram or (None,)))
-        for dram, vram in found:
-            sizes = [f"{name}={''.join(size.split())}" for name, size in (("dram", dram), ("vram", vram)) if size]
-            label = ",".join(sizes) or "own-memory"
-            if self.name:
-                label = self.name if len(found) == 1 else f"{self.name}:{label}"
-            yield label, {"dram": dram, "vram": vram}
+    def told(self, values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        sizes = [f"{name}={''.join(size.split())}" for name, size in values.items() if size]
+        return self.labelled(",".join(sizes) or "own-memory"), values
 
 
-class PolicyAxis(Frozen):
+class PolicyAxis(_Entry):
     """Policies to choose from, and knobs that are held; from a name alone, that one policy; "any": every one."""
 
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._=,+-]*$", max_length=60)
     policy: Names
-    knobs: dict[str, Any] = Field(default_factory=dict)
+    knobs: KnobValues = Field(default_factory=dict)
 
     @classmethod
     def __get_pydantic_json_schema__(cls, core_schema: Any, handler: Any) -> Any:
@@ -166,19 +179,35 @@ class PolicyAxis(Frozen):
                              else "\"any\" is every policy: name no others beside it")
         return self
 
-    def label_and_question(self) -> tuple[str, dict[str, Any]]:
-        """A label, and what `ask` is told."""
-        knobs = ",".join(f"{k}={_shown(v)}" for k, v in self.knobs.items())
-        label = self.name or "+".join(self.policy) + (f"({knobs})" if knobs else "")
-        return label, {"policies": None if self.policy == ("any",) else self.policy, "knobs": self.knobs}
+    def axes(self) -> dict[str, Axis]:
+        return {f"knobs.{name}": value if isinstance(value, Range) else (value,) for name, value in self.knobs.items()}
+
+    def told(self, values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
+        held = {name.removeprefix("knobs."): value for name, value in values.items()}
+        knobs = ",".join(f"{k}={_shown(v)}" for k, v in held.items())
+        unnamed = "+".join(self.policy) + (f"({knobs})" if knobs else "")
+        label = unnamed if self.name is None else self.labelled(knobs)
+        return label, {"policies": None if self.policy == ("any",) else self.policy, "knobs": held}
 
 
 def _shown(value: object) -> str:
     return "/".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
+class Sample(Frozen):
+    """How much of a grid is looked at."""
+
+    cells: Annotated[StrictInt, Field(ge=1, le=MAX_CELLS)]
+    """Of a scrambled Sobol sequence."""
+    seed: Annotated[StrictInt, Field(ge=0, lt=2**32)] = 0
+    refine: Annotated[StrictInt, Field(ge=0, le=MAX_CELLS)] = 0
+    """Cells that are added where the outcomes say so."""
+    around: Literal["boundary", "best"] = "boundary"
+    """Between cells of which one passes and another fails or is infeasible; or beside those that do best."""
+
+
 class Grid(Frozen):
-    """Every combination of these is a cell."""
+    """Every combination of these is a cell, or a sample of them is."""
 
     name: str | None = Field(default=None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$", max_length=60)
     devices: Names
@@ -186,11 +215,40 @@ class Grid(Frozen):
     workloads: tuple[WorkloadAxis, ...] = Field(default=(WorkloadAxis(),), min_length=1)
     budgets: tuple[BudgetAxis, ...] = Field(default=(BudgetAxis(),), min_length=1)
     policies: tuple[PolicyAxis, ...] = Field(default=(PolicyAxis(policy=("any",)),), min_length=1)
+    sample: Sample | None = None
     trace: str | None = None
     objective: Objective | None = None
     engine: str | None = None
     limits: Limits = Limits()
     expect: Expected = "feasible"
+
+    @model_validator(mode="after")
+    def _can_be_opened(self) -> Grid:
+        if self.sample is None and has_range(self.space):
+            raise ValueError("holds a range, which has no end of values: say how many cells to take of it, as in "
+                             "sample = { cells = 64 }")
+        if self.sample is not None and self.sample.refine and not any(map(is_ordered, self.space.every_axis())):
+            raise ValueError("refines between values, and has neither a range nor a rising list of numbers or sizes")
+        return self
+
+    @cached_property
+    def space(self) -> Space:
+        """What can be chosen, in the order in which it stands in the names of cells."""
+        return Space({"devices": [{}] * len(self.devices), "models": [{}] * len(self.models),
+                      "workloads": [one.axes() for one in self.workloads],
+                      "budgets": [one.axes() for one in self.budgets],
+                      "policies": [one.axes() for one in self.policies]})
+
+    @cached_property
+    def is_sampled(self) -> bool:
+        """Whether there is more of it than is looked at."""
+        return self.sample is not None and (has_range(self.space) or self.space.size() > self.sample.cells)
+
+    def points(self) -> list[Point]:
+        """The places of its cells, all of them or a sample."""
+        if self.sample is None or not self.is_sampled:
+            return enumerated(self.space)
+        return sobol_points(self.space, self.sample.cells, self.sample.seed)
 
 
 class SearchSpec(Frozen):
@@ -205,7 +263,8 @@ class SearchSpec(Frozen):
 
     def files(self, folder: Path) -> list[Path]:
         """Paths among the names of devices, models and traces."""
-        names = {name for one in self.grid for name in (*one.devices, *one.models, one.trace) if name}
+        drafts = {name for one in self.grid for load in one.workloads for name in load.draft or ()}
+        names = drafts | {name for one in self.grid for name in (*one.devices, *one.models, one.trace) if name}
         return [folder / name for name in sorted(names) if looks_like_path(name)]
 
 
@@ -227,6 +286,8 @@ class CellQuestion(Frozen):
     objective: str
     engine: str | None
     max_quality_loss: float | None
+    draft: str | None = None
+    acceptance: float | None = None
 
 
 class Cell(Frozen):
@@ -238,6 +299,8 @@ class Cell(Frozen):
     question: CellQuestion
     limits: Limits
     expect: Expected
+    refined: bool = False
+    """Added where outcomes of others asked for it."""
 
 
 def load_search(path: Path) -> tuple[SearchSpec, list[Cell]]:
@@ -256,38 +319,49 @@ def load_search(path: Path) -> tuple[SearchSpec, list[Cell]]:
     spec = validate(SearchSpec, data, file=str(path))
     cells: dict[str, Cell] = {}
     for index, grid in enumerate(spec.grid):
-        if _size(grid) + len(cells) > MAX_CELLS:
-            raise SpecError(f"opens up more than {MAX_CELLS} cells", file=str(path), key=f"grid.{index}")
-        for cell in _cells(grid, spec):
-            if cell.id in cells:
+        key = f"grid.{index}"
+        n = grid.sample.cells + grid.sample.refine if grid.sample and grid.is_sampled else grid.space.size()
+        if n + len(cells) > MAX_CELLS:
+            raise SpecError(f"opens up more than {MAX_CELLS} cells", file=str(path), key=key)
+        try:
+            points = grid.points()
+        except MachineError as error:
+            raise MachineError(error.message, file=str(path), key=f"{key}.{error.key}") from None
+        mine: dict[str, Cell] = {}
+        for point in points:
+            cell = cell_at(grid, spec, point)
+            if cell.id in cells or (cell.id in mine and not _may_repeat(grid, cell)):
                 raise SpecError(f"the cell {cell.id!r} stands twice; give its grids (or the entries of its axes) a "
-                                "name", file=str(path), key=f"grid.{index}")
-            cells[cell.id] = cell
+                                "name", file=str(path), key=key)
+            mine.setdefault(cell.id, cell)
+        cells |= mine
     return spec, list(cells.values())
 
 
-def _size(grid: Grid) -> int:
-    workloads = sum(len(w.prompt_tokens) * len(w.new_tokens) * len(w.batch or "1") * len(w.weights or "1") * len(w.kv)
-                    for w in grid.workloads)
-    budgets = sum(len(b.dram or "1") * len(b.vram or "1") for b in grid.budgets)
-    return len(grid.devices) * len(grid.models) * workloads * budgets * len(grid.policies)
+def _may_repeat(grid: Grid, cell: Cell) -> bool:
+    """Whether the same cell is met twice by right: drawn twice, or without a draft for each acceptance."""
+    return grid.is_sampled or (cell.question.draft is None and any(one.draft for one in grid.workloads))
 
 
-def _cells(grid: Grid, spec: SearchSpec) -> Iterator[Cell]:
+def cell_at(grid: Grid, spec: SearchSpec, point: Point, *, refined: bool = False) -> Cell:
+    """The cell at a place of a grid."""
     limits = grid.limits.over(spec.limits)
     if limits.max_regress is None:
         limits = limits.model_copy(update={"max_regress": REGRESS})
-    fixed = {"trace": grid.trace, "objective": grid.objective or spec.objective, "engine": grid.engine,
-             "max_quality_loss": limits.max_quality_loss}
-    workloads = [one for axis in grid.workloads for one in axis.each()]
-    budgets = [one for axis in grid.budgets for one in axis.each()]
-    policies = [axis.label_and_question() for axis in grid.policies]
-    for device, model, (load, w), (budget, b), (policy, p) in itertools.product(
-            grid.devices, grid.models, workloads, budgets, policies):
-        before, after = [*([grid.name] if grid.name else []), device, model, load], [policy]
-        yield Cell(id="/".join([*before, budget, *after]), place="/".join([*before, *after]),
-                   question=CellQuestion(device=device, model=model, **w, **b, **p, **fixed), limits=limits,
-                   expect=grid.expect)
+    (device, _), (model, _), (load, w), (budget, b), (policy, p) = point.values(grid.space)
+    load_label, w = grid.workloads[load].told(w)
+    budget_label, b = grid.budgets[budget].told(b)
+    policy_label, p = grid.policies[policy].told(p)
+    length = w.pop(DRAFT_LENGTH.name)
+    knobs = {**p.pop("knobs"), **({DRAFT_LENGTH.name: length} if length else {})}
+    before = [*([grid.name] if grid.name else []), grid.devices[device], grid.models[model], load_label]
+    name = "/".join([*before, budget_label, policy_label])
+    question = CellQuestion(device=grid.devices[device], model=grid.models[model], **w, **b, **p, knobs=knobs,
+                            trace=grid.trace, objective=grid.objective or spec.objective, engine=grid.engine,
+                            max_quality_loss=limits.max_quality_loss)
+    # What was drawn has no place of its own: another draw is no change of a budget.
+    return Cell(id=name, place=name if grid.is_sampled else "/".join([*before, policy_label]), question=question,
+                limits=limits, expect=grid.expect, refined=refined)
 
 
 def in_cell(error: SimmemError, cell: str, file: str) -> SimmemError:

@@ -11,7 +11,8 @@ from pathlib import Path
 from simmem import __version__
 from simmem.errors import SimmemError
 from simmem.planner.grid.cells import CellOutcome, check_question, forget, inputs_of
-from simmem.planner.grid.fanout import outcomes
+from simmem.planner.grid.fanout import opened, outcomes
+from simmem.planner.grid.refine import Refinement
 from simmem.planner.grid.spec import Cell, in_cell
 from simmem.planner.grid.store import open_results
 
@@ -19,12 +20,15 @@ __all__ = ["answer_all"]
 
 
 def answer_all(cells: Sequence[Cell], spec_file: Path, *, results: Path | None = None, resume: bool = False,
-               jobs: int = 1, backend: str = "loky", scheduler: str | None = None,
-               progress: Callable[[int, int], None] | None = None) -> list[tuple[Cell, CellOutcome]]:
+               jobs: int = 1, backend: str = "loky", scheduler: str | None = None, block: int = 1,
+               refine: Refinement | None = None, progress: Callable[[int, int], None] | None = None
+               ) -> list[tuple[Cell, CellOutcome]]:
     """Every cell with its outcome, in the order of the search file whatever was finished first or earlier.
 
     results : an SQLite file that each outcome is written to as soon as it is there; None: nothing is kept.
     resume : go on with what it holds.
+    block : cells that a worker is sent at a time.
+    refine : says which cells to add, given all that are answered; asked until there are none.
     progress : told (cells finished, cells in all) after each.
 
     Raises
@@ -36,26 +40,38 @@ def answer_all(cells: Sequence[Cell], spec_file: Path, *, results: Path | None =
     """
     forget()
     folder, file = str(spec_file.parent.resolve()), str(spec_file)
+    _check_all(cells, folder, file)
+    about = _about(cells, folder)
+    stamp = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
+    asked, answered = list(cells), list[tuple[Cell, CellOutcome]]()
+    with open_results(results, about, resume=resume) as kept, opened(jobs, backend, scheduler):
+        done = kept.done()
+        while True:
+            rest = [cell for cell in asked[len(answered):] if cell.id not in done]
+            n = len(asked) - len(rest)
+            # Where a result cannot be written, the workers stop.
+            with closing(outcomes(rest, spec_file.parent, file, stamp, jobs=jobs, backend=backend, block=block)) \
+                    as found:
+                for cell, text in found:
+                    kept.add(cell.id, text)
+                    done[cell.id] = text
+                    n += 1
+                    if progress is not None:
+                        progress(n, len(asked))
+            answered += [(cell, CellOutcome.model_validate_json(done[cell.id])) for cell in asked[len(answered):]]
+            more = refine.next(answered) if refine else []
+            if not more:
+                return answered
+            _check_all(more, folder, file)
+            asked += more
+
+
+def _check_all(cells: Sequence[Cell], folder: str, file: str) -> None:
     for cell in cells:
         try:
             check_question(cell.question, folder)
         except SimmemError as error:
             raise in_cell(error, cell.id, file) from None
-    about = _about(cells, folder)
-    stamp = hashlib.sha256(json.dumps(about, sort_keys=True).encode()).hexdigest()
-    with open_results(results, about, resume=resume) as kept:
-        done = kept.done()
-        rest = [cell for cell in cells if cell.id not in done]
-        n = len(cells) - len(rest)
-        found = outcomes(rest, spec_file.parent, file, stamp, jobs=jobs, backend=backend, scheduler=scheduler)
-        with closing(found):  # where a result cannot be written, the workers stop
-            for cell, text in found:
-                kept.add(cell.id, text)
-                done[cell.id] = text
-                n += 1
-                if progress is not None:
-                    progress(n, len(cells))
-    return [(cell, CellOutcome.model_validate_json(done[cell.id])) for cell in cells]
 
 
 def _about(cells: Sequence[Cell], folder: str) -> dict[str, str]:
