@@ -198,19 +198,21 @@ class _Curve:
 def _steepest_first(curves: Sequence[tuple[Array, Array]]) -> list[_Segment]:
     """The falling parts of the lower convex hulls, steepest first; within a stage they are in order already."""
     found: list[_Segment] = []
-    for index, (at, seconds) in enumerate(curves):
-        hull: list[int] = []
-        for point in range(len(at)):
-            while len(hull) > 1 and _above(at, seconds, hull[-2], hull[-1], point):
-                hull.pop()
-            hull.append(point)
-        for begin, end in itertools.pairwise(hull):
-            slope = float((seconds[end] - seconds[begin]) / (at[end] - at[begin]))
-            if slope < 0:
-                found.append(_Segment(index, float(at[begin]), float(at[end]), slope))
+    known: dict[int, list[tuple[float, float, float]]] = {}
+    for index, curve in enumerate(curves):
+        if id(curve) not in known:  # stages may share one
+            known[id(curve)] = _falling(*(values.tolist() for values in curve))
+        found += [_Segment(index, begin, end, slope) for begin, end, slope in known[id(curve)]]
     return sorted(found, key=lambda s: s.slope)
 
 
-def _above(x: Array, y: Array, first: int, middle: int, last: int) -> bool:
-    """Whether the middle of three points lies above the line through the others."""
-    return bool((y[middle] - y[first]) * (x[last] - x[first]) > (y[last] - y[first]) * (x[middle] - x[first]))
+def _falling(x: list[float], y: list[float]) -> list[tuple[float, float, float]]:
+    """(begin, end, slope) of the pieces of the lower convex hull that fall."""
+    hull: list[int] = []
+    for point in range(len(x)):
+        while len(hull) > 1 and ((y[hull[-1]] - y[hull[-2]]) * (x[point] - x[hull[-2]])
+                                 > (y[point] - y[hull[-2]]) * (x[hull[-1]] - x[hull[-2]])):
+            hull.pop()  # it lies above the line through its neighbours
+        hull.append(point)
+    pieces = [(x[i], x[j], (y[j] - y[i]) / (x[j] - x[i])) for i, j in itertools.pairwise(hull)]
+    return [piece for piece in pieces if piece[2] < 0]
