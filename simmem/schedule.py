@@ -16,7 +16,7 @@ dependencies end.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Literal
@@ -157,8 +157,19 @@ class Schedule:
             cut(self.bytes), cut(self.acquire_bytes), cut(self.release_bytes), cut(self.held_bytes), self.token_ends)
 
     def repeated(self, times: int) -> Schedule:
-        """Every candidate `times` times over, each repeat next to its original."""
-        return self.columns(np.repeat(np.arange(self.n_candidates), times))
+        """Every candidate `times` times over, each repeat next to its original; of one candidate nothing is copied."""
+
+        def all_of(amount: Array) -> Array:
+            each = np.broadcast_to(amount[..., None], (*amount.shape, times))
+            return each.reshape(*amount.shape[:-1], self.n_candidates * times)
+
+        def tables(some: Mapping[str, Array]) -> dict[str, Array]:
+            return {k: all_of(v) for k, v in some.items()}
+
+        return replace(
+            self, flop=all_of(self.flop), requests=all_of(self.requests), depth=all_of(self.depth),
+            waits=all_of(self.waits), bytes=tables(self.bytes), acquire_bytes=tables(self.acquire_bytes),
+            release_bytes=tables(self.release_bytes), held_bytes=tables(self.held_bytes))
 
 
 @dataclass(frozen=True)

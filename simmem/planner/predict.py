@@ -114,11 +114,12 @@ def interval_factors(candidate: Candidate, rows: NDArray[np.int64]) -> tuple[flo
     drawn = draws(context)
     if not drawn:
         return 1.0, 1.0
-    n = len(next(iter(drawn.values())))
-    schedule = nominal.repeated(n)  # rows × draws, draws fastest
-    factors = {k: np.tile(v, len(rows)) for k, v in drawn.items()}
-    seconds = analytic(schedule, durations(schedule, context.device, factors)).token_s
-    ratio = seconds.reshape(len(rows), n).mean(axis=0) / base
+    n, factors = len(next(iter(drawn.values()))), dict(drawn.items())
+    seconds = []
+    for row in range(nominal.n_candidates):  # one after the other: all rows × draws together would be copied and spill
+        schedule = nominal.column(row).repeated(n)
+        seconds.append(analytic(schedule, durations(schedule, context.device, factors)).token_s)
+    ratio = np.mean(seconds, axis=0) / base
     for index, (low_factor, high_factor) in enumerate(law_factors(candidate).values()):
         ratio = ratio * spread(TRACE_STREAM + index, low_factor, high_factor, n)
     low, high = np.quantile(ratio, [0.05, 0.95])
