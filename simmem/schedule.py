@@ -16,7 +16,7 @@ dependencies end.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
 from typing import Literal
@@ -146,20 +146,30 @@ class Schedule:
         return self.columns(slice(index, index + 1))
 
     def columns(self, which: slice | NDArray[np.int64]) -> Schedule:
-        """The schedule of some candidates."""
+        """The schedule of some candidates; those of a slice share this one's arrays."""
 
         def cut(table: Mapping[str, Array]) -> dict[str, Array]:
-            return {k: np.ascontiguousarray(v[..., which]) for k, v in table.items()}
+            return {k: v[..., which] for k, v in table.items()}
 
         return Schedule(
             self.streams, self.classes, self.op_class, self.op_stream, self.op_phase, self.op_token, self.op_layer,
-            self.deps, np.ascontiguousarray(self.flop[:, which]), np.ascontiguousarray(self.requests[:, which]),
-            np.ascontiguousarray(self.depth[:, which]), np.ascontiguousarray(self.waits[:, which]),
+            self.deps, self.flop[:, which], self.requests[:, which], self.depth[:, which], self.waits[:, which],
             cut(self.bytes), cut(self.acquire_bytes), cut(self.release_bytes), cut(self.held_bytes), self.token_ends)
 
     def repeated(self, times: int) -> Schedule:
-        """Every candidate `times` times over, each repeat next to its original."""
-        return self.columns(np.repeat(np.arange(self.n_candidates), times))
+        """Every candidate `times` times over, each repeat next to its original; of one candidate nothing is copied."""
+
+        def all_of(amount: Array) -> Array:
+            each = np.broadcast_to(amount[..., None], (*amount.shape, times))
+            return each.reshape(*amount.shape[:-1], self.n_candidates * times)
+
+        def tables(some: Mapping[str, Array]) -> dict[str, Array]:
+            return {k: all_of(v) for k, v in some.items()}
+
+        return replace(
+            self, flop=all_of(self.flop), requests=all_of(self.requests), depth=all_of(self.depth),
+            waits=all_of(self.waits), bytes=tables(self.bytes), acquire_bytes=tables(self.acquire_bytes),
+            release_bytes=tables(self.release_bytes), held_bytes=tables(self.held_bytes))
 
 
 @dataclass(frozen=True)
@@ -172,6 +182,10 @@ class Durations:
     """How much later its dependants may start. [s]"""
 
 
+_Rows = tuple[slice, float | Array]
+"""Classes, and an amount of theirs."""
+
+
 class ScheduleBuilder:
     """Collects classes and ops; the one way to make a Schedule."""
 
@@ -179,13 +193,13 @@ class ScheduleBuilder:
         self.n_candidates = n_candidates
         self._streams = {name: index for index, name in enumerate(streams)}
         self._classes: list[DemandClass] = []
-        self._flop: list[float | Array] = []
-        self._requests: list[float | Array] = []
-        self._depth: list[float | Array] = []
-        self._waits: list[float | Array] = []
-        self._bytes: dict[str, dict[int, float | Array]] = {}
-        self._acquire: dict[str, dict[int, float | Array]] = {}
-        self._release: dict[str, dict[int, float | Array]] = {}
+        self._flop: list[_Rows] = []
+        self._requests: list[_Rows] = []
+        self._depth: list[_Rows] = []
+        self._waits: list[_Rows] = []
+        self._bytes: dict[str, list[_Rows]] = {}
+        self._acquire: dict[str, list[_Rows]] = {}
+        self._release: dict[str, list[_Rows]] = {}
         self._ops: list[tuple[int, int, Phase, int, int, tuple[int, ...]]] = []
         self._ends: list[int] = []
 
@@ -201,22 +215,32 @@ class ScheduleBuilder:
         acquire: Mapping[str, float | Array] | None = None,
         release: Mapping[str, float | Array] | None = None,
     ) -> int:
-        """Add a demand class; returns its index for `op`."""
-        index = len(self._classes)
-        self._classes.append(what)
-        self._flop.append(flop)
-        self._requests.append(requests)
-        self._depth.append(depth)
-        self._waits.append(waits)
+        """Add a demand class; returns its index for `op`.
+
+        Amounts are one number, (n_candidates,), or (m, n_candidates) for m classes that differ in them alone: their
+        indices follow one another.
+        """
+        index, several = len(self._classes), 1
+        for amount in (flop, requests, depth, waits, *(bytes or {}).values(), *(acquire or {}).values(),
+                       *(release or {}).values()):
+            if isinstance(amount, np.ndarray) and amount.ndim == 2:
+                several = len(amount)
+        self._classes += [what] * several
+        where = slice(index, index + several)
+        self._flop.append((where, flop))
+        self._requests.append((where, requests))
+        self._depth.append((where, depth))
+        self._waits.append((where, waits))
         for table, given in ((self._bytes, bytes), (self._acquire, acquire), (self._release, release)):
             for name, amount in (given or {}).items():
-                table.setdefault(name, {})[index] = amount
+                table.setdefault(name, []).append((where, amount))
         return index
 
     def op(self, demand: int, stream: str, *, deps: Sequence[int | None] = (), phase: Phase = Phase.DECODE,
            token: int = 0, layer: int = 0) -> int:
         """Append an op in program order; returns its index. `None` among the deps is left out."""
-        earlier = tuple(sorted({d for d in deps if d is not None}))
+        waited = {d for d in deps if d is not None}
+        earlier = tuple(sorted(waited)) if len(waited) > 1 else tuple(waited)
         index = len(self._ops)
         assert not earlier or earlier[-1] < index, "a dependency must stand earlier in program order"
         self._ops.append((demand, self._streams[stream], phase, token, layer, earlier))
@@ -229,10 +253,10 @@ class ScheduleBuilder:
     def build(self, held_bytes: Mapping[str, float | Array] | None = None) -> Schedule:
         """The finished schedule."""
 
-        def table(rows: Mapping[int, float | Array]) -> Array:
+        def table(rows: Sequence[_Rows]) -> Array:
             full = np.zeros((len(self._classes), self.n_candidates))
-            for index, row in rows.items():
-                full[index] = row  # one number stands for every candidate
+            for where, amount in rows:
+                full[where] = amount  # one number stands for every candidate
             return full
 
         columns = list(zip(*self._ops, strict=True))
@@ -245,10 +269,10 @@ class ScheduleBuilder:
             op_token=np.array(columns[3], dtype=np.int64),
             op_layer=np.array(columns[4], dtype=np.int64),
             deps=tuple(columns[5]),
-            flop=table(dict(enumerate(self._flop))),
-            requests=table(dict(enumerate(self._requests))),
-            depth=table(dict(enumerate(self._depth))),
-            waits=table(dict(enumerate(self._waits))),
+            flop=table(self._flop),
+            requests=table(self._requests),
+            depth=table(self._depth),
+            waits=table(self._waits),
             bytes={k: table(v) for k, v in self._bytes.items()},
             acquire_bytes={k: table(v) for k, v in self._acquire.items()},
             release_bytes={k: table(v) for k, v in self._release.items()},

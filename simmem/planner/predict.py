@@ -110,15 +110,16 @@ def interval_factors(candidate: Candidate, rows: NDArray[np.int64]) -> tuple[flo
     """
     context = candidate.context
     nominal = candidate.policy.decode(context, candidate.block, rows)
-    base = _analytic_seconds(candidate, rows)
+    base = _analytic_seconds(candidate, nominal)
     drawn = draws(context)
     if not drawn:
         return 1.0, 1.0
-    n = len(next(iter(drawn.values())))
-    schedule = nominal.repeated(n)  # rows × draws, draws fastest
-    factors = {k: np.tile(v, len(rows)) for k, v in drawn.items()}
-    seconds = analytic(schedule, durations(schedule, context.device, factors)).token_s
-    ratio = seconds.reshape(len(rows), n).mean(axis=0) / base
+    n, factors = len(next(iter(drawn.values()))), dict(drawn.items())
+    seconds = []
+    for row in range(nominal.n_candidates):  # one after the other: all rows × draws together would be copied and spill
+        schedule = nominal.column(row).repeated(n)
+        seconds.append(analytic(schedule, durations(schedule, context.device, factors)).token_s)
+    ratio = np.mean(seconds, axis=0) / base
     for index, (low_factor, high_factor) in enumerate(law_factors(candidate).values()):
         ratio = ratio * spread(TRACE_STREAM + index, low_factor, high_factor, n)
     low, high = np.quantile(ratio, [0.05, 0.95])
@@ -138,17 +139,20 @@ def law_factors(candidate: Candidate) -> dict[str, tuple[float, float]]:
         known: dict[str, tuple[float, float]] = context.memo[key]
         return known
     found: dict[str, tuple[float, float]] = {}
+    base: dict[int, float] = {}  # by how many tokens there are of the other laws
     for name, (_, low, _, high) in replayed.ends.items():
         rows = np.arange(len(low.timed))
-        base = _analytic_seconds(candidate, rows)
-        at = [_analytic_seconds(replace(candidate, context=context.with_trace(end)), rows) for end in (low, high)]
-        found[name] = (at[0] / base, at[1] / base)
+        schedules = [candidate.policy.decode(context.with_trace(end), candidate.block, rows) for end in (low, high)]
+        if len(rows) not in base:
+            base[len(rows)] = _analytic_seconds(candidate, candidate.policy.decode(context, candidate.block, rows))
+        at = [_analytic_seconds(candidate, schedule) / base[len(rows)] for schedule in schedules]
+        found[name] = (at[0], at[1])
     context.memo[key] = found
     return found
 
 
-def _analytic_seconds(candidate: Candidate, rows: NDArray[np.int64]) -> float:
-    schedule = candidate.policy.decode(candidate.context, candidate.block, rows)
+def _analytic_seconds(candidate: Candidate, schedule: Schedule) -> float:
+    """Mean over the columns, which are tokens. [s]"""
     return float(analytic(schedule, durations(schedule, candidate.context.device)).token_s.mean())
 
 

@@ -110,30 +110,23 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
                        waits=np.where((demands.layer_stream_bytes > 0).any(axis=0), idle, 0.0))
     units = demands.units
     predict: Demand | None = None
-    unit_moves: list[list[Demand]] = []
-    upkeep: list[Demand] = []
-    feed: list[Demand] = []
     if units is None:
-        whole = _feeds(ops, demands)
-        feed = [whole[k] for k in kind]
-    else:
+        feeds = _feeds(ops, demands)
+    else:  # a demand for each layer
         if units.predictor_params:
             predict = ops.compute("predictor", OpKind.PREDICTOR, agent, 2.0 * n_tokens * units.predictor_params,
                                   ops.read_bytes(agent, "ffn", units.predictor_params, 0.0), 2,
                                   products=Products(n_tokens, float(model.architecture.d_model), 2.0))
         # Rows are rearranged where they live: by the CPU in unified memory, by the GPU in its own.
         keeper = context.host_agent if memory == context.device.host and context.host_agent else agent
-        unit_hops = context.path_to(agent)
-        for layer in range(layers):
-            unit_moves.append(ops.move("units", units.read_bytes[layer], unit_hops, requests=units.requests[layer],
-                                       staged=units.read_bytes[layer]))
-            waits, kept = units.read_bytes[layer] > 0, units.upkeep_bytes[layer] > 0
-            upkeep.append(ops.compute("upkeep", OpKind.MEMORY, keeper, 0.0, units.upkeep_bytes[layer],
-                                      np.where(kept, 2.0, 0.0), products=Products(1.0, context.unit_bytes, 1.0),
-                                      waits=np.where(waits & kept, idle, 0.0)))
-            feed.append(ops.feed(
-                agent, "plain", n_tokens, rows=units.rows[layer], waits=np.where(waits & ~kept, idle, 0.0),
-                release={memory: demands.layer_stream_bytes[kind[layer]] + units.read_bytes[layer]}))
+        unit_moves = ops.move("units", units.read_bytes, context.path_to(agent), requests=units.requests,
+                              staged=units.read_bytes)
+        waits, kept_some = units.read_bytes > 0, units.upkeep_bytes > 0
+        upkeep = ops.compute("upkeep", OpKind.MEMORY, keeper, 0.0, units.upkeep_bytes, np.where(kept_some, 2.0, 0.0),
+                             products=Products(1.0, context.unit_bytes, 1.0),
+                             waits=np.where(waits & kept_some, idle, 0.0))
+        feed = ops.feed(agent, "plain", n_tokens, rows=units.rows, waits=np.where(waits & ~kept_some, idle, 0.0),
+                        release={memory: demands.layer_stream_bytes[list(kind)] + units.read_bytes})
     head = ops.head(agent, release={memory: demands.head_stream_bytes},
                     waits=np.where(demands.head_stream_bytes > 0, idle, 0.0))
     step = ops.step(agent)
@@ -173,8 +166,8 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
                        read: dict[int, int | None] = read) -> None:
             op = builder.op(predict[0], predict[1], deps=[after], token=token, layer=layer) if predict else after
             predicted[layer] = op
-            for demand, stream in unit_moves[layer]:
-                op = builder.op(demand, stream, deps=[op], token=token, layer=layer)
+            for demand, stream in unit_moves:
+                op = builder.op(demand + layer, stream, deps=[op], token=token, layer=layer)
             read[layer] = op
 
         for demand, stream in lookup:
@@ -187,12 +180,12 @@ def decode_schedule(context: Context, demands: Demands) -> Schedule:
             fetch(stage)
             attended = builder.op(*attend, deps=[last, fetched.get(stage)], token=token, layer=layer)
             if units is None:
-                fed = builder.op(*feed[layer], deps=[attended], token=token, layer=layer)
+                fed = builder.op(*feeds[kind[layer]], deps=[attended], token=token, layer=layer)
             else:
                 if layer + p < layers:
                     look_ahead(layer + p, attended)
-                kept = builder.op(*upkeep[layer], deps=[read[layer], predicted[layer]], token=token, layer=layer)
-                fed = builder.op(*feed[layer], deps=[attended, kept], token=token, layer=layer)
+                kept = ops.op(upkeep, deps=[read[layer], predicted[layer]], token=token, layer=layer, nth=layer)
+                fed = ops.op(feed, deps=[attended, kept], token=token, layer=layer, nth=layer)
             last = fed
             computed.append(fed)
             if p:

@@ -72,7 +72,8 @@ class Ops:
 
     Parameters
     ----------
-    n_columns : columns of the schedule. Amounts below are (n_columns,) or one number for all.
+    n_columns : columns of the schedule. Amounts below are (n_columns,), one number for all, or (m, n_columns): then what
+        is returned stands for m demands, and `op` and `chain` are told which of them they do.
     agents : who computes, the main one first; all of the device's when None. SpecError for one that the device has not.
     phase : a decode step (`step_tokens`, over the mean context) or the prompt (all its tokens at once).
     depth : reads in flight, unless a move says otherwise.
@@ -337,16 +338,16 @@ class Ops:
 
     # --- the program ------------------------------------------------------------------------------
 
-    def op(self, what: Demand, *, deps: Sequence[int | None] = (), token: int = 0, layer: int = 0) -> int:
-        """Append an op; returns its index."""
-        return self.builder.op(what[0], what[1], deps=deps, phase=self.phase, token=token, layer=layer)
+    def op(self, what: Demand, *, deps: Sequence[int | None] = (), token: int = 0, layer: int = 0, nth: int = 0) -> int:
+        """Append an op, of several demands the `nth`; returns its index."""
+        return self.builder.op(what[0] + nth, what[1], deps=deps, phase=self.phase, token=token, layer=layer)
 
-    def chain(self, moves: Sequence[Demand], *, deps: Sequence[int | None] = (), token: int = 0, layer: int = 0
-              ) -> tuple[int | None, ...]:
+    def chain(self, moves: Sequence[Demand], *, deps: Sequence[int | None] = (), token: int = 0, layer: int = 0,
+              nth: int = 0) -> tuple[int | None, ...]:
         """Append ops one after the other; returns what to wait for: the last of them, or `deps` if there are none."""
         waited = tuple(deps)
         for what in moves:
-            waited = (self.op(what, deps=waited, token=token, layer=layer),)
+            waited = (self.op(what, deps=waited, token=token, layer=layer, nth=nth),)
         return waited
 
     def build(self, last: int, held_bytes: Mapping[str, Amount] | None = None) -> Schedule:

@@ -52,13 +52,13 @@ def stage_seconds(stage: Stage, units: Array, fast_s: float, slow_s: float) -> A
 
 
 @dataclass(frozen=True)
-class _Segment:
-    """A piece of the lower convex hull of a stage's seconds over its bytes in fast memory."""
+class _Segments:
+    """Pieces of the lower convex hulls of the stages' seconds over their bytes in fast memory; (n,) each."""
 
-    stage: int
-    begin_bytes: float
-    end_bytes: float
-    slope: float
+    stage: NDArray[np.int64]
+    begin_bytes: Array
+    length_bytes: Array
+    slope: Array
     """Seconds a byte; below 0."""
 
 
@@ -81,17 +81,14 @@ class Balance:
         curves = {id(stage): _Curve(stage, fast_s, slow_s) for stage in stages}  # layers may share a stage
         self._curves = [curves[id(stage)] for stage in stages]
         self._whole = _steepest_first([curve.whole for curve in self._curves])
-        self._length = np.array([s.end_bytes - s.begin_bytes for s in self._whole])
-        self._filled = np.cumsum(self._length)
-        self._place = np.array([s.stage for s in self._whole], np.int64)
+        self._filled = np.cumsum(self._whole.length_bytes)
         self._known: dict[float, Array] = {}
         self._least = min(stage.unit_bytes for stage in stages) * (1 - _SLACK)
         relaxed = _steepest_first([curve.relaxed for curve in self._curves])
-        length = np.array([s.end_bytes - s.begin_bytes for s in relaxed])
         # Seconds of all stages over the bytes in fast memory, when nothing has to be whole.
-        self._bound_at = np.append(0.0, np.cumsum(length))
+        self._bound_at = np.append(0.0, np.cumsum(relaxed.length_bytes))
         self._bound_s = sum(float(curve.relaxed[1][0]) for curve in self._curves) + np.append(
-            0.0, np.cumsum(length * np.array([s.slope for s in relaxed])))
+            0.0, np.cumsum(relaxed.length_bytes * relaxed.slope))
 
     def at(self, rooms_bytes: Array) -> Placed:
         """The placement under each capacity, (n_rooms,). [B]"""
@@ -109,22 +106,24 @@ class Balance:
         if room in self._known:
             return self._known[room]
         first = int(np.searchsorted(self._filled, room, side="right"))  # so many fit together
-        taken: Array = np.bincount(self._place[:first], self._length[:first], len(self.stages)).astype(np.float64)
+        whole = self._whole
+        taken: Array = np.bincount(whole.stage[:first], whole.length_bytes[:first],
+                                   len(self.stages)).astype(np.float64)
         left = room - (float(self._filled[first - 1]) if first else 0.0)
         stopped: set[int] = set()
-        for place in range(first, len(self._whole)):
+        for place in range(first, len(whole.stage)):
             if left < self._least:
                 break
-            s, length = self._whole[place], float(self._length[place])
-            if s.stage in stopped:
+            stage, length = int(whole.stage[place]), float(whole.length_bytes[place])
+            if stage in stopped:
                 continue
             if length > left * (1 + _SLACK):
-                stopped.add(s.stage)
+                stopped.add(stage)
                 # What does not fit as a whole still helps up to where both sides take equally long.
-                useful = min(left, max(self._curves[s.stage].even_bytes - s.begin_bytes, 0.0))
-                unit = self.stages[s.stage].unit_bytes
+                useful = min(left, max(self._curves[stage].even_bytes - float(whole.begin_bytes[place]), 0.0))
+                unit = self.stages[stage].unit_bytes
                 length = float(np.floor(useful / unit * (1 + _SLACK))) * unit
-            taken[s.stage] += length
+            taken[stage] += length
             left = max(left - length, 0.0)
         self._known[room] = taken
         return taken
@@ -195,22 +194,26 @@ class _Curve:
         """What no choice of units beats."""
 
 
-def _steepest_first(curves: Sequence[tuple[Array, Array]]) -> list[_Segment]:
+def _steepest_first(curves: Sequence[tuple[Array, Array]]) -> _Segments:
     """The falling parts of the lower convex hulls, steepest first; within a stage they are in order already."""
-    found: list[_Segment] = []
-    for index, (at, seconds) in enumerate(curves):
-        hull: list[int] = []
-        for point in range(len(at)):
-            while len(hull) > 1 and _above(at, seconds, hull[-2], hull[-1], point):
-                hull.pop()
-            hull.append(point)
-        for begin, end in itertools.pairwise(hull):
-            slope = float((seconds[end] - seconds[begin]) / (at[end] - at[begin]))
-            if slope < 0:
-                found.append(_Segment(index, float(at[begin]), float(at[end]), slope))
-    return sorted(found, key=lambda s: s.slope)
+    known: dict[int, list[tuple[float, float, float]]] = {}
+    found: list[tuple[float, float, float, float]] = []
+    for index, curve in enumerate(curves):
+        if id(curve) not in known:  # stages may share one
+            known[id(curve)] = _falling(*(values.tolist() for values in curve))
+        found += [(index, *piece) for piece in known[id(curve)]]
+    stage, begin, end, slope = np.array(found).reshape(-1, 4).T
+    order = np.argsort(slope, kind="stable")
+    return _Segments(stage[order].astype(np.int64), begin[order], (end - begin)[order], slope[order])
 
 
-def _above(x: Array, y: Array, first: int, middle: int, last: int) -> bool:
-    """Whether the middle of three points lies above the line through the others."""
-    return bool((y[middle] - y[first]) * (x[last] - x[first]) > (y[last] - y[first]) * (x[middle] - x[first]))
+def _falling(x: list[float], y: list[float]) -> list[tuple[float, float, float]]:
+    """(begin, end, slope) of the pieces of the lower convex hull that fall."""
+    hull: list[int] = []
+    for point in range(len(x)):
+        while len(hull) > 1 and ((y[hull[-1]] - y[hull[-2]]) * (x[point] - x[hull[-2]])
+                                 > (y[point] - y[hull[-2]]) * (x[hull[-1]] - x[hull[-2]])):
+            hull.pop()  # it lies above the line through its neighbours
+        hull.append(point)
+    pieces = [(x[i], x[j], (y[j] - y[i]) / (x[j] - x[i])) for i, j in itertools.pairwise(hull)]
+    return [piece for piece in pieces if piece[2] < 0]

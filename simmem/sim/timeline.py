@@ -62,13 +62,11 @@ def critical_path(timeline: Timeline) -> dict[str, float]:
     it on its stream) let it start; time that no op explains is `wait`.
     """
     s = timeline.schedule
-    before: list[int | None] = [None] * s.n_ops
-    last: dict[int, int] = {}
     present = s.present[s.op_class, 0]
-    for each in np.flatnonzero(present).tolist():
-        stream = int(s.op_stream[each])
-        before[each] = last.get(stream)
-        last[stream] = each
+    before = np.full(s.n_ops, -1)
+    for stream in range(len(s.streams)):
+        queue = np.flatnonzero(present & (s.op_stream == stream))
+        before[queue[1:]] = queue[:-1]
     total = dict.fromkeys(BREAKDOWN, 0.0)
     begin = float(timeline.token_end_s[-2]) if len(s.token_ends) > 1 else 0.0
     op: int | None = s.token_ends[-1] if s.token_ends else int(np.argmax(timeline.end_s))
@@ -82,8 +80,8 @@ def critical_path(timeline: Timeline) -> dict[str, float]:
         if at <= begin:
             break
         options = [(float(end[d]), d) for d in s.deps[op]]
-        previous = before[op]
-        if present[op] and previous is not None:
+        previous = int(before[op])
+        if present[op] and previous >= 0:
             options.append((float(free[previous]), previous))
         if not options:
             break

@@ -4,16 +4,21 @@ A hot/cold placement ranks units by frequency. Ranked by the very tokens that ar
 always be the right ones; so frequencies come from tokens of the same trace that are not timed (PowerInfer, arXiv
 2312.12456, §6.1: profiled on general text, used on other tasks). Units that were used equally often are alike:
 they form a class, and which of a class lie where is left open.
+
+Nothing here looks at single units: tokens are sets of bits, added up 64 units at a time (the carries of a binary
+adder), and a class is a set too.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from simmem.errors import TraceError
+from simmem.trace.bits import Words, count, words_of
 from simmem.trace.trace import Trace
 
 __all__ = ["MAX_CLASSES", "HotTable", "hot_table"]
@@ -54,29 +59,58 @@ def hot_table(trace: Trace, tokens: Ints) -> HotTable:
     if not len(profile):
         raise TraceError(f"has {header.n_tokens} tokens, all of which are timed: none is left to tell hot from cold",
                          key=header.name)
-    used = np.zeros((header.n_layers, header.n_units), np.uint16 if len(profile) < 1 << 16 else np.uint32)
-    for token in profile.tolist():
-        used += np.unpackbits(trace.active[token], axis=1, count=header.n_units, bitorder="little")
-    floors = _floors(used, len(profile))
-    # The class of each unit, and one table of them for all layers: counting is then counting numbers.
-    n_classes = len(floors)
-    of_count = len(floors) - np.searchsorted(floors[::-1], np.arange(len(profile) + 1), side="right")
-    place = (of_count[used] + n_classes * np.arange(header.n_layers)[:, None]).astype(np.int64)
-    size = n_classes * header.n_layers
-    shape = header.n_layers, n_classes
-    units = np.bincount(place.reshape(-1), minlength=size).reshape(shape)
-    uses = np.bincount(place.reshape(-1), used.reshape(-1), size).reshape(shape)
-    active = np.empty((len(tokens), *shape), np.int64)
-    for row, token in enumerate(tokens.tolist()):
-        bits = np.unpackbits(trace.active[token], axis=1, count=header.n_units, bitorder="little")
-        active[row] = np.bincount(place.take(np.flatnonzero(bits.view(np.bool_))), minlength=size).reshape(shape)
-    return HotTable(uses / np.maximum(units, 1) / len(profile), units, active, len(profile))
+    words = words_of(trace.active)
+    planes = _added([words[token] for token in profile.tolist()])
+    every = words_of(np.packbits(np.ones((header.n_layers, header.n_units), np.bool_), axis=1, bitorder="little"))
+    floors = _floors([uses for uses, _ in _by_count(planes, every)])
+    classes = np.zeros((len(floors), *every.shape), np.uint64)
+    for uses, units in _by_count(planes, every):
+        classes[np.flatnonzero(floors <= uses)[0]] |= units
+    sizes = np.array([count(units) for units in classes]).T
+    uses = sum((np.array([count(units & plane) for units in classes]).T << place for place, plane in enumerate(planes)),
+               np.zeros_like(sizes))
+    return HotTable(uses / np.maximum(sizes, 1) / len(profile), sizes, _used_of(classes, sizes, words, tokens),
+                    len(profile))
 
 
-def _floors(used: NDArray[np.unsignedinteger], n_profile: int) -> Ints:
-    """Least count of each class, falling, the last 0; no two classes are the same set of units."""
-    seen = np.flatnonzero(np.bincount(used.reshape(-1), minlength=n_profile + 1))
-    if len(seen) > MAX_CLASSES:
-        seen = seen[np.unique(np.linspace(0, len(seen) - 1, MAX_CLASSES).round().astype(np.int64))]
-    found: Ints = np.unique(np.append(seen[1:], 0))[::-1].astype(np.int64)
+def _added(sets: Sequence[Words]) -> list[Words]:
+    """How many of the sets hold each unit, as a binary number per unit: one set for each of its places, lowest first."""
+    planes: list[Words] = []
+    for carry in sets:
+        for place, plane in enumerate(planes):
+            planes[place], carry = plane ^ carry, plane & carry
+        if carry.any():
+            planes.append(carry)
+    return planes
+
+
+def _by_count(planes: Sequence[Words], units: Words) -> Iterator[tuple[int, Words]]:
+    """(number, units that have it) for every number that some of `units` have, falling."""
+    if not units.any():
+        return
+    if not planes:
+        yield 0, units
+        return
+    highest = len(planes) - 1
+    for number, found in _by_count(planes[:-1], units & planes[-1]):
+        yield number + (1 << highest), found
+    yield from _by_count(planes[:-1], units & ~planes[-1])
+
+
+def _floors(seen: Sequence[int]) -> Ints:
+    """Least count of each class, falling, the last 0, of the counts that there are (falling too)."""
+    rising = np.array(seen[::-1], np.int64)
+    if len(rising) > MAX_CLASSES:
+        rising = rising[np.unique(np.linspace(0, len(rising) - 1, MAX_CLASSES).round().astype(np.int64))]
+    found: Ints = np.unique(np.append(rising[1:], 0))[::-1].astype(np.int64)
+    return found
+
+
+def _used_of(classes: Words, sizes: Ints, words: Words, tokens: Ints) -> Ints:
+    """(T, L, C) units of each class (C, L, W) that each of the tokens uses."""
+    found = np.zeros((len(tokens), *sizes.shape), np.int64)
+    for layer, held in enumerate(sizes):
+        active = np.ascontiguousarray(words[tokens, layer])  # a layer's stay in the processor's cache
+        for one in np.flatnonzero(held).tolist():
+            found[:, layer, one] = count(active & classes[one, layer])
     return found

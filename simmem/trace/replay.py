@@ -293,22 +293,34 @@ def fewest_misses(trace: Trace, curve: ReplayCurve) -> Ints:
 
 
 def _window_counts(words: Words, tokens: Ints, max_window: int) -> tuple[Ints, Ints]:
-    """held, new (T, L, K+1) of any tokens; before the start of the trace nothing was used."""
-    shape = (tokens.size, words.shape[1], max_window + 1)
-    held, new = np.empty(shape, np.int64), np.empty(shape, np.int64)
-    for rows in _blocks(tokens, words[0].nbytes):
-        at, active = tokens[rows], words[tokens[rows]]
-        before = np.zeros_like(active)
-        held[rows, :, 0] = new[rows, :, 0] = count(active)
-        for k in range(1, max_window + 1):
-            held[rows, :, k] = new[rows, :, k - 1] + (count(before) if k > 1 else 0)
+    """held, new (T, L, K+1) of any tokens; before the start of the trace nothing was used.
+
+    Both are sizes of unions: what k tokens held, and how much the next one adds to it.
+    """
+    ends = np.unique(np.append(tokens, tokens - 1))
+    sizes = _union_sizes(words, ends, max_window + 1)
+    to, before = sizes[np.searchsorted(ends, tokens)], sizes[np.searchsorted(ends, tokens - 1)]
+    held = to[:, :, :-1].copy()
+    held[:, :, 0] = to[:, :, 1]
+    return held, to[:, :, 1:] - before[:, :, :-1]
+
+
+def _union_sizes(words: Words, ends: Ints, longest: int) -> Ints:
+    """(T, L, longest + 1) units that 0 … `longest` tokens use, the last of them at `ends`; -1 is before the trace."""
+    sizes = np.zeros((ends.size, words.shape[1], longest + 1), np.int64)
+    for rows in _blocks(ends, words[0].nbytes):
+        at = ends[rows]
+        union = np.zeros((len(at), *words.shape[1:]), np.uint64)
+        for k in range(longest):
             has = at >= k
-            if has.all():
-                before |= words[at - k]
-            else:
-                before[has] |= words[at[has] - k]
-            new[rows, :, k] = count(active & ~before)
-    return held, new
+            if has.all():  # in place, and without a copy where the tokens follow one another
+                first, last = int(at[0]), int(at[-1])
+                joined = words[first - k: last - k + 1] if last - first + 1 == len(at) else words[at - k]
+                np.bitwise_or(union, joined, out=union)
+            elif has.any():
+                union[has] |= words[at[has] - k]
+            sizes[rows, :, k + 1] = count(union)
+    return sizes
 
 
 def _first_uses(words: Words) -> Ints:

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, Literal
 
@@ -237,9 +238,8 @@ def generate_varied(spec: SyntheticSpec, model: Model, factors: Sequence[tuple[f
     if n_tokens < 1 or batch < 1:
         raise SpecError(f"found {n_tokens} tokens and a batch of {batch}, expected at least 1", key=spec.name)
     a = model.architecture
-    units_seed, tokens_seed = np.random.SeedSequence(spec.seed).spawn(2)
-    laws = [_thresholds(spec, model, np.random.Generator(np.random.PCG64(units_seed)), batch, activity, concentration)
-            for activity, concentration in factors]
+    _, tokens_seed = np.random.SeedSequence(spec.seed).spawn(2)
+    laws = [_thresholds(spec, model, batch, activity, concentration) for activity, concentration in factors]
     draw, shape = np.random.PCG64(tokens_seed), (a.n_layers, a.d_ff)
     size = a.n_layers * a.d_ff
     found = np.empty((len(laws), n_tokens, a.n_layers, -(-a.d_ff // 8)), np.uint8)
@@ -265,18 +265,30 @@ def _header(spec: SyntheticSpec, model: Model, active: NDArray[np.uint8], batch:
         digest=digest_of(active))
 
 
-def _thresholds(spec: SyntheticSpec, model: Model, rng: np.random.Generator, batch: int, activity: float,
-                concentration: float) -> NDArray[np.uint16]:
+def _thresholds(spec: SyntheticSpec, model: Model, batch: int, activity: float, concentration: float
+                ) -> NDArray[np.uint16]:
     """(n_layers, n_units) of 65536ths: a unit is used when 16 random bits are below. Frequent units lie anywhere."""
     a, s = model.architecture, spec.concentration.value * concentration
-    p = np.empty((a.n_layers, a.d_ff))
+    order, found = _order(spec.seed, a.n_layers, a.d_ff), np.empty((a.n_layers, a.d_ff), np.uint16)
+    known: dict[float, NDArray[np.uint16]] = {}  # layers that are equally active are alike but for their order
     shares = np.minimum(spec.share_by_layer(model.name, a.n_layers) * activity, _MOST_ACTIVE)
-    for row, m in zip(p, shares.tolist(), strict=True):
-        row[:] = beta_quantiles(m * s, (1.0 - m) * s, a.d_ff)
-    if batch > 1:
-        p = -np.expm1(batch * np.log1p(-np.minimum(p, 1.0 - 1e-12)))
-    rounded = np.minimum(np.rint(p * _LEVELS), _LEVELS - 1).astype(np.uint16)
-    return rng.permuted(rounded, axis=1, out=rounded)
+    for row, places, m in zip(found, order, shares.tolist(), strict=True):
+        if m not in known:
+            p = beta_quantiles(m * s, (1.0 - m) * s, a.d_ff)
+            if batch > 1:
+                p = -np.expm1(batch * np.log1p(-np.minimum(p, 1.0 - 1e-12)))
+            known[m] = np.minimum(np.rint(p * _LEVELS), _LEVELS - 1).astype(np.uint16)
+        known[m].take(places, out=row)
+    return found
+
+
+@lru_cache(maxsize=1)
+def _order(seed: int, n_layers: int, n_units: int) -> NDArray[np.unsignedinteger]:
+    """(n_layers, n_units) which of the units, by their frequency, stands at each place: the same under every law."""
+    seeds = np.random.SeedSequence(seed).spawn(2)
+    kind = np.uint16 if n_units <= 1 << 16 else np.uint32
+    rising = np.broadcast_to(np.arange(n_units, dtype=kind), (n_layers, n_units))
+    return np.random.Generator(np.random.PCG64(seeds[0])).permuted(rising, axis=1)
 
 
 def _provenance(spec: SyntheticSpec, share: float, share_range: tuple[float, float] | None, batch: int

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from simmem.policy.context import Context
 from simmem.policy.families._two_agents import PROMPT_ON_GPU
-from simmem.policy.ops import Ops
+from simmem.policy.ops import Demand, Ops
 from simmem.schedule import OpKind, Phase
 
 __all__ = ["Parts", "decode_ops", "prompt_ops"]
@@ -50,11 +50,14 @@ def decode_ops(context: Context, parts: Parts, *, heads_used: float, near_rows: 
     predict = ops.compute("predictor", OpKind.PREDICTOR, parts.gpu, 2.0 * ops.n_tokens * predictor_params,
                           ops.read_bytes(parts.gpu, "ffn", predictor_params, 0.0), PREDICTOR_KERNELS) \
         if predictor_params else None
+    attention = _Attention.of(ops, parts, heads_used)
+    feed = _Feed.of(ops, parts, near_rows, np.where(far_rows < _NOTHING * (near_rows + far_rows), 0.0, far_rows),
+                    predicted=True)
     last: int | None = None
-    for layer, (near, far) in enumerate(zip(near_rows, far_rows, strict=True)):
-        last = _attention(ops, parts, layer, last, heads_used)
+    for layer in range(len(near_rows)):
+        last = attention.append(ops, layer, last)
         asked = last if predict is None else ops.op(predict, deps=[last], layer=layer)
-        last = _feed(ops, parts, layer, asked, near, np.where(far < _NOTHING * (near + far), 0.0, far), predicted=True)
+        last = feed.append(ops, layer, asked)
     assert last is not None
     return ops, last
 
@@ -62,70 +65,116 @@ def decode_ops(context: Context, parts: Parts, *, heads_used: float, near_rows: 
 def prompt_ops(context: Context, parts: Parts) -> tuple[Ops, int]:
     """The prompt, which touches most units and so is multiplied whole: what the CPU has is copied to the GPU, a layer
     after the other, or multiplied where it is when the prompt is short."""
-    n_columns = parts.heads.shape[1]
+    n_layers, n_columns = parts.heads.shape
     ops = Ops(context, n_columns, agents=(parts.gpu, parts.host), phase=Phase.PREFILL)
     last: int | None = None
     if ops.n_tokens < PROMPT_ON_GPU:
-        for layer, share in enumerate(parts.neurons):
-            attended = _attention(ops, parts, layer, last, 1.0)
-            last = _feed(ops, parts, layer, attended, share, _rest(share), predicted=False)
+        attention = _Attention.of(ops, parts, 1.0)
+        fed = _Feed.of(ops, parts, parts.neurons, _rest(parts.neurons), predicted=False)
+        for layer in range(n_layers):
+            last = fed.append(ops, layer, attention.append(ops, layer, last))
     else:
         device, gpu = context.device, parts.gpu
         vram = context.memory_of(gpu)
         attend = ops.mixer(gpu, ops.n_tokens, ops.context_flop, ops.context_bytes)
         feed = ops.feed(gpu, "plain", ops.n_tokens)
-        n_layers = context.model.architecture.n_layers
-        for layer, (heads, neurons) in enumerate(zip(parts.heads, parts.neurons, strict=True)):
-            missing = ((1.0 - heads) * context.group_bytes["attention"] / n_layers
-                       + (1.0 - neurons) * context.unit_bytes * context.model.architecture.d_ff)
-            copied = ops.chain(ops.move("weights", missing, device.path(device.host, vram)), layer=layer)
-            away = np.ones(n_columns) if parts.kv_on_host else 1.0 - heads
+        missing = ((1.0 - parts.heads) * context.group_bytes["attention"] / n_layers
+                   + (1.0 - parts.neurons) * context.unit_bytes * context.model.architecture.d_ff)
+        away = np.ones_like(parts.heads) if parts.kv_on_host else 1.0 - parts.heads
+        weights = ops.move("weights", missing, device.path(device.host, vram))
+        written = ops.move("keys and values", away * ops.context_bytes / n_layers, device.path(vram, device.host))
+        for layer in range(n_layers):
+            copied = ops.chain(weights, layer=layer, nth=layer)
             attended = ops.op(attend, deps=[last, *copied], layer=layer)
-            ops.chain(ops.move("keys and values", away * ops.context_bytes / n_layers, device.path(vram, device.host)),
-                      deps=[attended], layer=layer)
+            ops.chain(written, deps=[attended], layer=layer, nth=layer)
             last = ops.op(feed, deps=[attended], layer=layer)
     assert last is not None
     return ops, last
 
 
-def _attention(ops: Ops, parts: Parts, layer: int, last: int | None, used: float) -> int:
-    """One layer's attention on both: heads where their weights are, the context where keys and values are."""
-    context, near = ops.context, parts.heads[layer]
-    far = _rest(near)
-    seen_near = np.zeros_like(near) if parts.kv_on_host else near
-    handed = near * used if parts.kv_on_host else np.zeros_like(near)
-    crossing = ((far > 0) | (handed > 0)).astype(np.float64)
-    out, back, vector = _between(ops, parts)
-    keys = 2.0 * context.model.architecture.n_kv_heads / context.model.architecture.n_heads
-    decode = ops.phase is Phase.DECODE
-    flop, seen = ops.context_flop * used, ops.context_bytes * (used if decode else 1.0)
-    projected = ops.op(ops.projections(parts.gpu, ops.n_tokens, near * used), deps=[last], layer=layer)
-    cold_heads = (far > 0).astype(np.float64)
-    sent = ops.chain(ops.move("attention input", vector * cold_heads, out), deps=[last], layer=layer)
-    cold = ops.op(ops.projections(parts.host, ops.n_tokens, far * used), deps=sent, layer=layer)
-    known = ops.chain(ops.move("queries, keys, values", vector * (1.0 + keys) * handed, out), deps=[projected],
-                      layer=layer)
-    there = ops.op(ops.attention(parts.host, ops.n_tokens, flop * (1.0 - seen_near), seen * (1.0 - seen_near)),
-                   deps=[cold, *known], layer=layer)
-    here = ops.op(ops.attention(parts.gpu, ops.n_tokens, flop * seen_near, seen * seen_near), deps=[projected],
-                  layer=layer)
-    got = ops.chain(ops.move("attention output", vector * crossing, back), deps=[there], layer=layer)
-    return ops.op(ops.join(parts.gpu, ops.n_tokens, crossing), deps=[here, *got], layer=layer)
+@dataclass(frozen=True)
+class _Attention:
+    """Attention on both, heads where their weights are, the context where keys and values are: the demands of every
+    layer, one for each."""
+
+    projected: Demand
+    sent: list[Demand]
+    cold: Demand
+    known: list[Demand]
+    there: Demand
+    here: Demand
+    got: list[Demand]
+    joined: Demand
+
+    @classmethod
+    def of(cls, ops: Ops, parts: Parts, used: float) -> _Attention:
+        context, near = ops.context, parts.heads
+        far = _rest(near)
+        seen_near = np.zeros_like(near) if parts.kv_on_host else near
+        handed = near * used if parts.kv_on_host else np.zeros_like(near)
+        crossing, cold_heads = _some((far > 0) | (handed > 0)), _some(far > 0)
+        out, back, vector = _between(ops, parts)
+        keys = 2.0 * context.model.architecture.n_kv_heads / context.model.architecture.n_heads
+        flop, seen = ops.context_flop * used, ops.context_bytes * (used if ops.phase is Phase.DECODE else 1.0)
+        n = ops.n_tokens
+        return cls(
+            projected=ops.projections(parts.gpu, n, near * used),
+            sent=ops.move("attention input", vector * cold_heads, out),
+            cold=ops.projections(parts.host, n, far * used),
+            known=ops.move("queries, keys, values", vector * (1.0 + keys) * handed, out),
+            there=ops.attention(parts.host, n, flop * (1.0 - seen_near), seen * (1.0 - seen_near)),
+            here=ops.attention(parts.gpu, n, flop * seen_near, seen * seen_near),
+            got=ops.move("attention output", vector * crossing, back),
+            joined=ops.join(parts.gpu, n, crossing))
+
+    def append(self, ops: Ops, layer: int, last: int | None) -> int:
+        """One layer's ops; returns the last of them."""
+        projected = ops.op(self.projected, deps=[last], layer=layer, nth=layer)
+        sent = ops.chain(self.sent, deps=[last], layer=layer, nth=layer)
+        cold = ops.op(self.cold, deps=sent, layer=layer, nth=layer)
+        known = ops.chain(self.known, deps=[projected], layer=layer, nth=layer)
+        there = ops.op(self.there, deps=[cold, *known], layer=layer, nth=layer)
+        here = ops.op(self.here, deps=[projected], layer=layer, nth=layer)
+        got = ops.chain(self.got, deps=[there], layer=layer, nth=layer)
+        return ops.op(self.joined, deps=[here, *got], layer=layer, nth=layer)
 
 
-def _feed(ops: Ops, parts: Parts, layer: int, last: int | None, near: Array, far: Array, *, predicted: bool) -> int:
-    """One layer's FFN on both; `near` and `far` are neurons where they are predicted, else shares of all of them."""
-    cold = (far > 0).astype(np.float64)
-    out, back, vector = _between(ops, parts)
-    ids = _ID_BYTES * far if predicted else 0.0
-    there_share, here_share = (cold, 1.0) if predicted else (far, near)
-    there_rows, here_rows = (far, near) if predicted else (None, None)
-    sent = ops.chain(ops.move("ffn input", vector * cold + ids, out), deps=[last], layer=layer)
-    there = ops.op(ops.feed(parts.host, "plain", ops.n_tokens, there_share, there_rows, norms=False), deps=sent,
-                   layer=layer)
-    here = ops.op(ops.feed(parts.gpu, "plain", ops.n_tokens, here_share, here_rows), deps=[last], layer=layer)
-    got = ops.chain(ops.move("ffn output", vector * cold, back), deps=[there], layer=layer)
-    return ops.op(ops.join(parts.gpu, ops.n_tokens, cold), deps=[here, *got], layer=layer)
+@dataclass(frozen=True)
+class _Feed:
+    """The FFN on both: the demands of every layer, one for each."""
+
+    sent: list[Demand]
+    there: Demand
+    here: Demand
+    got: list[Demand]
+    joined: Demand
+
+    @classmethod
+    def of(cls, ops: Ops, parts: Parts, near: Array, far: Array, *, predicted: bool) -> _Feed:
+        """`near` and `far` are neurons where they are predicted, else shares of all of them."""
+        cold = _some(far > 0)
+        out, back, vector = _between(ops, parts)
+        ids = _ID_BYTES * far if predicted else 0.0
+        there_share, here_share = (cold, 1.0) if predicted else (far, near)
+        there_rows, here_rows = (far, near) if predicted else (None, None)
+        return cls(
+            sent=ops.move("ffn input", vector * cold + ids, out),
+            there=ops.feed(parts.host, "plain", ops.n_tokens, there_share, there_rows, norms=False),
+            here=ops.feed(parts.gpu, "plain", ops.n_tokens, here_share, here_rows),
+            got=ops.move("ffn output", vector * cold, back),
+            joined=ops.join(parts.gpu, ops.n_tokens, cold))
+
+    def append(self, ops: Ops, layer: int, last: int | None) -> int:
+        """One layer's ops; returns the last of them."""
+        sent = ops.chain(self.sent, deps=[last], layer=layer, nth=layer)
+        there = ops.op(self.there, deps=sent, layer=layer, nth=layer)
+        here = ops.op(self.here, deps=[last], layer=layer, nth=layer)
+        got = ops.chain(self.got, deps=[there], layer=layer, nth=layer)
+        return ops.op(self.joined, deps=[here, *got], layer=layer, nth=layer)
+
+
+def _some(which: NDArray[np.bool_]) -> Array:
+    return which.astype(np.float64)
 
 
 def _rest(share: Array) -> Array:

@@ -172,17 +172,20 @@ def _schedule(context: Context, block: Block, n_rows: int, phase: Phase, n_token
     hops = context.device.path(_source(context, block), memory)
     # With reads ahead nobody knows beforehand whether an op will find its bytes there: then none is said to wait.
     waits = np.where(streamed > 0, 1.0 if phase is Phase.DECODE and buffers == 1 else 0.0, 0.0)
-    fetched = [ops.move("head weights" if stage == n_layers else "weights", n_bytes, hops, staged=n_bytes)
-               for stage, n_bytes in enumerate(streamed)]
+    fetched = ops.move("weights", streamed[:n_layers], hops, staged=streamed[:n_layers])
+    fetched_head = ops.move("head weights", streamed[n_layers], hops, staged=streamed[n_layers])
     unpack = {}
     for kind in set(layers.kind):
         params = ffn_work(model, layers.names[kind], ops.n_tokens).read_matrix_params
         unpack[kind] = unpacking(ops, agent, {**params, model.mixer.name: model.mixer.matrix_params / n_layers},
                                  UNPACK_KERNELS)
-    attend = [ops.mixer(agent, ops.n_tokens, ops.context_flop, ops.context_bytes, waits=wait)
-              for wait in (waits[:n_layers] if phase is Phase.DECODE and buffers == 1 else waits[:1])]
-    feed = [ops.feed(agent, layers.names[kind], ops.n_tokens, release={memory: streamed[layer]})
-            for layer, kind in enumerate(layers.kind)]
+    each_waits = phase is Phase.DECODE and buffers == 1
+    attend = ops.mixer(agent, ops.n_tokens, ops.context_flop, ops.context_bytes,
+                       waits=waits[:n_layers] if each_waits else waits[0])
+    feed = {kind: ops.feed(agent, layers.names[kind], ops.n_tokens,
+                           release={memory: streamed[:n_layers][np.array(layers.kind) == kind]})
+            for kind in set(layers.kind)}
+    of_its_kind = [layers.kind[:layer].count(kind) for layer, kind in enumerate(layers.kind)]
     head = ops.head(agent, release={memory: streamed[n_layers]}, waits=waits[n_layers])
     step = ops.step(agent) if phase is Phase.DECODE else []
     n_stages = n_layers + 1
@@ -194,8 +197,9 @@ def _schedule(context: Context, block: Block, n_rows: int, phase: Phase, n_token
         """Issue the copy of a stage once its buffer's last user stands in the program; also past the timed token."""
         if stage not in arrived:
             free = computed[stage - buffers] if stage >= buffers else None
-            arrived[stage] = ops.chain(fetched[stage % n_stages], deps=[free], token=stage // n_stages,
-                                       layer=stage % n_stages)
+            token, layer = divmod(stage, n_stages)
+            moves, nth = (fetched_head, 0) if layer == n_layers else (fetched, layer)
+            arrived[stage] = ops.chain(moves, deps=[free], token=token, layer=layer, nth=nth)
 
     for token in range(n_tokens):
         for layer in range(n_stages):
@@ -208,8 +212,9 @@ def _schedule(context: Context, block: Block, n_rows: int, phase: Phase, n_token
                 wide = unpack[layers.kind[layer]]
                 if wide is not None:
                     deps = (ops.op(wide, deps=deps, token=token, layer=layer),)
-                attended = ops.op(attend[layer % len(attend)], deps=deps, token=token, layer=layer)
-                last = ops.op(feed[layer], deps=[attended], token=token, layer=layer)
+                attended = ops.op(attend, deps=deps, token=token, layer=layer, nth=layer if each_waits else 0)
+                last = ops.op(feed[layers.kind[layer]], deps=[attended], token=token, layer=layer,
+                              nth=of_its_kind[layer])
             computed.append(last)
             if phase is Phase.DECODE and buffers > 1:
                 fetch(stage + buffers - 1)
