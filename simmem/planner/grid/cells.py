@@ -19,10 +19,10 @@ from pydantic import BaseModel, ConfigDict
 from simmem import __version__
 from simmem.errors import InfeasiblePlanError, SimmemError, SpecError
 from simmem.planner.api import answer
-from simmem.planner.batches import at_batch
 from simmem.planner.document import Plan
+from simmem.planner.drafts import at_draft, searches_lengths
 from simmem.planner.grid.spec import CellQuestion, in_cell
-from simmem.planner.question import Question, ask, budgets_of
+from simmem.planner.question import DRAFT_LENGTH, Question, ask, budgets_of
 from simmem.policy.base import policies, policy_named
 from simmem.policy.context import Replayed
 from simmem.spec import library
@@ -170,26 +170,28 @@ def _replayed(key: str) -> list[Replayed]:
 
 
 @lru_cache(maxsize=16)
-def _asked(text: str, folder: str, batch: int) -> Question:
+def _asked(text: str, folder: str, batch: int, length: int | None) -> Question:
     """A question without budgets and policies, as those that share device, model and workload have it in common."""
     q = CellQuestion.model_validate_json(text)
-    opened = _replayed(json.dumps([q.model, folder, q.trace, batch, q.max_quality_loss]))
+    opened = _replayed(json.dumps([q.model, folder, q.trace, batch, q.max_quality_loss, length]))
     trace = None if q.trace is None else str(_trace_file(q.trace, q.model, folder))
     question = ask(
         q.device, q.model, prompt=q.prompt_tokens, new_tokens=q.new_tokens, batch=batch, weights=q.weights, kv=q.kv,
         trace=trace, objective=q.objective, engine=q.engine, max_quality_loss=q.max_quality_loss,
-        relative_to=Path(folder), opened=opened[0] if opened else None)
+        draft=q.draft, acceptance=q.acceptance, draft_length=length, relative_to=Path(folder),
+        opened=opened[0] if opened else None)
     found = question.replayed or question.routing
     if found is not None and not opened:
         opened.append(found)
     return question
 
 
-def _question(q: CellQuestion, folder: str, batch: int) -> Question:
+def _question(q: CellQuestion, folder: str, batch: int, length: int | None) -> Question:
     shared = q.model_copy(update={"dram": None, "vram": None, "policies": None, "knobs": {}, "batch": None})
-    question = _asked(shared.model_dump_json(), folder, batch)
+    knobs = dict(q.knobs)
+    question = _asked(shared.model_dump_json(), folder, batch, knobs.pop(DRAFT_LENGTH.name, length))
     return replace(question, budget_bytes=budgets_of(question.device, q.dram, q.vram),
-                   policy_names=q.policies or tuple(policies()), fixed=dict(q.knobs), open_choice=q.policies is None)
+                   policy_names=q.policies or tuple(policies()), fixed=knobs, open_choice=q.policies is None)
 
 
 def answer_cell(question_json: str, folder: str, cell: str, file: str, stamp: str) -> str:
@@ -215,7 +217,8 @@ def answer_cell(question_json: str, folder: str, cell: str, file: str, stamp: st
 
 def _found(q: CellQuestion, folder: str) -> dict[str, Any]:
     try:
-        question = at_batch(lambda batch: _question(q, folder, batch), q.batch, q.objective)
+        question = at_draft(lambda batch, length: _question(q, folder, batch, length), q.batch, q.objective,
+                            searched=searches_lengths(q.draft, q.knobs))
         plan = answer(question, brief=True)
     except InfeasiblePlanError as error:
         return {"infeasible": error.message, "tier": error.tier, "missing_bytes": error.missing_bytes}

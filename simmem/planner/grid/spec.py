@@ -227,6 +227,8 @@ class CellQuestion(Frozen):
     objective: str
     engine: str | None
     max_quality_loss: float | None
+    draft: str | None = None
+    acceptance: float | None = None
 
 
 class Cell(Frozen):
