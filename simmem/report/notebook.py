@@ -19,6 +19,7 @@ _CAVEATS = {
     "estimated": "rests on ESTIMATED figures: read the interval, not the number",
 }
 _CELL = "padding:0.15em 1.2em 0.15em 0;vertical-align:top;text-align:left"
+_WHOLE = ";white-space:nowrap"
 
 
 def html_of(plan: Plan) -> str:
@@ -52,8 +53,10 @@ def html_of(plan: Plan) -> str:
 
 
 def _line(name: str, cells: Iterable[str], span: int = 1) -> str:
-    data = "".join(f"<td style='{_CELL}'{f' colspan={span}' if span > 1 else ''}>{escape(cell)}</td>" for cell in cells)
-    return f"<tr><th scope='row' style='{_CELL}'>{escape(name)}</th>{data}</tr>"
+    spread = f" colspan={span}" if span > 1 else ""
+    data = "".join(f"<td style='{_CELL}{_WHOLE if n == 0 and not spread else ''}'{spread}>{escape(cell)}</td>"
+                   for n, cell in enumerate(cells))
+    return f"<tr><th scope='row' style='{_CELL}{_WHOLE}'>{escape(name)}</th>{data}</tr>"
 
 
 def _s(value: float) -> str:
