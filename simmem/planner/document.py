@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from collections.abc import Callable
+from typing import Any, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -240,9 +241,16 @@ class Plan(_Part):
     emit: Emission | None = None
     """How an engine is told to do it, where that was asked."""
 
+    as_html: ClassVar[Callable[[Plan], str] | None] = None
+    """How a notebook shows a plan: `simmem.plan` sets what the report layer makes, which this layer cannot import."""
+
     def to_json(self) -> str:
         """The document as `plan --json` prints it."""
         return self.model_dump_json(by_alias=True, indent=2)
+
+    def _repr_html_(self) -> str | None:
+        made_by = type(self).as_html
+        return None if made_by is None else made_by(self)
 
 
 def measured_here(device: Device) -> MeasuredHere | None:

@@ -12,6 +12,7 @@ from simmem.planner.candidate import Candidate, blocks, stratified_rows
 from simmem.planner.document import Alternative, Plan
 from simmem.planner.predict import timelines
 from simmem.planner.question import Question
+from simmem.planner.replan import candidate_of
 from simmem.policy.base import policy_named
 from simmem.policy.drafting import drafted
 from simmem.report.plots.style import (
@@ -21,21 +22,23 @@ from simmem.report.plots.style import (
     PALETTE,
     heading,
     label_lines,
+    legend_below,
     log_ticks,
+    panel,
     picture,
     plain,
     show_units,
 )
 from simmem.schedule import OpKind
 from simmem.sim.timeline import Timeline
-from simmem.spec.device import Device
+from simmem.spec.device import Device, load_device
 from simmem.units import format_quantity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["plot_plan"]
+__all__ = ["evidence_in_words", "pareto_front", "plan_in_words", "plot_plan", "timeline"]
 
 _COLOURS = {
     OpKind.IO: PALETTE[0], OpKind.TRANSFER: PALETTE[5], OpKind.MEMORY: PALETTE[4], OpKind.COMPUTE: PALETTE[2],
@@ -58,16 +61,12 @@ def plot_plan(path: Path, plan: Plan, question: Question) -> None:
     """
     timeline = _steady_step(plan, question)
     w, p = plan.workload, plan.predicted
-    trace = "no trace" if plan.trace is None else (
-        f"{'SYNTHETIC' if plan.trace.kind == 'synthetic' else 'captured'} trace {plan.trace.name}")
-    kind = plan.evidence.weakest_kind
-    rests = "rests on ESTIMATED figures" if kind == "estimated" else f"weakest figure: {kind}"
     step = "token" if w.batch == 1 else f"step of {w.batch} tokens"
     with picture(path) as figure:
         heading(figure, f"{plain(question.model.name)} on {plain(question.device.name)}: {plan.policy.name}, "
                         f"{w.label} weights, {format_quantity(p.token_latency_s, 's')} a {step}",
                 f"{plain(question.device.title, 50, prose=True)} · {w.prompt_tokens} prompt tokens, {w.new_tokens} "
-                f"new, batch {w.batch} · {plain(trace)} · {rests}")
+                f"new, batch {w.batch} · {evidence_in_words(plan)}")
         n_streams = len(_busy(timeline))
         grid = figure.add_gridspec(3, 1, height_ratios=(0.5 + 0.34 * n_streams, 0.5 + 0.34 * n_streams, 3.2))
         whole, close, front = (figure.add_subplot(grid[row]) for row in range(3))
@@ -75,8 +74,54 @@ def plot_plan(path: Path, plan: Plan, question: Question) -> None:
         whole.set_title("When: one decode step in steady state"
                         + (", median token of the trace" if policy_named(plan.policy.name).uses_trace else ""))
         _legend_of_kinds(whole, timeline)
-        _close_up(close, timeline)
+        close.set_title(f"Close-up: {_close_up(close, timeline)}")
         _front(figure, front, plan, question.device)
+        front.set_title("Instead: latency, with its 90 % interval, against memory; at the right, baselines at "
+                        f"{w.label}")
+
+
+def timeline(plan: Plan, *, ax: Axes | None = None, close_up: bool = False) -> Axes:
+    """What one decode step of a plan does when, a row for each in-order stream.
+
+    close_up : three layers from the middle, every op by its name, instead of the whole step.
+    """
+    candidate = candidate_of(plan)
+    line = timelines(candidate, stratified_rows(candidate.context, candidate.policy, 1))[0]
+    what = "three layers of a decode step" if close_up else "one decode step"
+    with panel(ax, f"What happens when in {what}", f"{plan_in_words(plan)} · {evidence_in_words(plan)}",
+               height_in=1.6 + 0.5 * len(_busy(line))) as axes:
+        if close_up:
+            _close_up(axes, line)
+        else:
+            _gantt(axes, line, 0.0, line.token_s, named=False)
+        _legend_of_kinds(axes, line)
+    return axes
+
+
+def pareto_front(plan: Plan, *, ax: Axes | None = None) -> Axes:
+    """Latency with its 90 % interval against memory: this plan, what less memory would do, other precisions, baselines.
+
+    Every entry but the baselines is of the same question; heights at the right are the baselines' and the bound's.
+    """
+    with panel(ax, "Latency against memory: this plan, less memory, other precisions",
+               f"{plan_in_words(plan)} · whiskers: 90 % intervals · {evidence_in_words(plan)}", height_in=5.6) as axes:
+        figure = axes.get_figure(root=True)
+        assert figure is not None
+        _front(figure, axes, plan, load_device(plan.device), columns=3)
+    return axes
+
+
+def evidence_in_words(plan: Plan) -> str:
+    """The trace and the weakest figure that a plan rests on, as a subtitle says it."""
+    trace = "no trace" if plan.trace is None else (
+        f"{'SYNTHETIC' if plan.trace.kind == 'synthetic' else 'captured'} trace {plan.trace.name}")
+    kind = plan.evidence.weakest_kind
+    return f"{plain(trace)} · " + ("rests on ESTIMATED figures" if kind == "estimated" else f"weakest figure: {kind}")
+
+
+def plan_in_words(plan: Plan) -> str:
+    """Model, device, policy and precision, as a title says them."""
+    return f"{plain(plan.model, 24)} on {plain(plan.device, 24)}, {plan.policy.name} at {plan.workload.label}"
 
 
 # --- the timeline --------------------------------------------------------------------------------------------------
@@ -150,7 +195,8 @@ def _legend_of_kinds(axes: Axes, timeline: Timeline) -> None:
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.1), borderaxespad=0.0)
 
 
-def _close_up(axes: Axes, timeline: Timeline) -> None:
+def _close_up(axes: Axes, timeline: Timeline) -> str:
+    """Three layers from the middle; which they are."""
     s, begin = timeline.schedule, _begin_s(timeline)
     computes = _worked(timeline) & np.array([c.agent is not None for c in s.classes])[s.op_class]
     layers = np.unique(s.op_layer[computes])
@@ -159,13 +205,13 @@ def _close_up(axes: Axes, timeline: Timeline) -> None:
     ops = np.flatnonzero(computes & np.isin(s.op_layer, chosen))
     low, high = (float(at) - begin for at in (timeline.start_s[ops].min(), timeline.free_s[ops].max()))
     _gantt(axes, timeline, max(low, 0.0), high, named=True)
-    axes.set_title("Close-up: " + (f"layers {chosen[0]} to {chosen[-1]}" if len(chosen) > 1 else f"layer {chosen[0]}"))
+    return f"layers {chosen[0]} to {chosen[-1]}" if len(chosen) > 1 else f"layer {chosen[0]}"
 
 
 # --- the front -----------------------------------------------------------------------------------------------------
 
 
-def _front(figure: Figure, axes: Axes, plan: Plan, device: Device) -> None:
+def _front(figure: Figure, axes: Axes, plan: Plan, device: Device, columns: int = 5) -> None:
     """Latency against memory: the front, the best of other precisions, baselines and the bound as heights."""
     p, w = plan.predicted, plan.workload
     chosen = Alternative(weights=w.weights, policy=plan.policy.name, knobs=plan.policy.knobs, predicted=p,
@@ -212,8 +258,7 @@ def _front(figure: Figure, axes: Axes, plan: Plan, device: Device) -> None:
                          label=f"budget, {format_quantity(budget, 'bytes')}")
     axes.set_xlim(0.0, right)
     show_units(axes.xaxis, f"Memory held in {' + '.join(plain(tier, 16) for tier in fast)}", "bytes", right)
-    axes.set_title(f"Instead: latency, with its 90 % interval, against memory; at the right, baselines at {w.label}")
-    axes.legend(loc="upper left", bbox_to_anchor=(0.0, -0.2), ncols=5)
+    legend_below(axes, columns)
     label_lines(figure, axes, heights)
 
 

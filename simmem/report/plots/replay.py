@@ -9,13 +9,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from simmem.report.plots.style import FAINT, INK, MARKERS, PALETTE, heading, picture, plain, show_units
+from simmem.report.plots.style import FAINT, INK, MARKERS, PALETTE, heading, panel, picture, plain, show_units
+from simmem.report.replay import replay_answer
 from simmem.units import format_quantity
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["plot_replay"]
+__all__ = ["miss_ratio", "plot_replay"]
 
 Array = NDArray[np.float64]
 
@@ -45,6 +46,22 @@ def plot_replay(path: Path, document: dict[str, Any]) -> None:
         above.legend(loc="upper left", bbox_to_anchor=(1.1 if above.child_axes[1:] else 1.01, 1.0), labelspacing=0.8)
 
 
+def miss_ratio(trace: str | dict[str, Any], *, ax: Axes | None = None, **asked: Any) -> Axes:
+    """Share of accesses that a cache of any size misses, a curve for each policy: steady state, without the cold start.
+
+    trace : name or path of a trace, or a `replay --json` document.
+    asked : with a name, what `simmem.report.replay.replay_answer` takes: policies, sizes, windows, weights, ...
+    """
+    document = replay_answer(trace, **asked) if isinstance(trace, str) else trace
+    kind = "captured" if document["trace"]["kind"] == "captured" else "SYNTHETIC"
+    with panel(ax, f"What a cache of any size would miss: {plain(document['trace']['name'], 50)}",
+               f"{kind} trace, model {plain(document['model'])} at {document['precision']} · steady state · "
+               f"a unit has {format_quantity(document['unit_bytes'], 'bytes')}") as axes:
+        _misses(axes, document, alone=True)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.12 if axes.child_axes else 1.01, 1.0), labelspacing=0.8)
+    return axes
+
+
 def _sizes(document: dict[str, Any], curve: dict[str, Any], which: str = "sizes_bytes") -> Array:
     """Size of all caches together, as a window's on average or (peak_bytes) at most. [B]"""
     return np.asarray(curve[which], dtype=np.float64) * (
@@ -66,12 +83,21 @@ def _looks(document: dict[str, Any], number: int) -> dict[str, Any]:
             "markevery": max(1, len(curve["sizes_bytes"]) // 24), "linestyle": ("-", "--", "-.", ":")[(place // 6) % 4]}
 
 
-def _misses(axes: Axes, document: dict[str, Any]) -> None:
+def _misses(axes: Axes, document: dict[str, Any], *, alone: bool = False) -> None:
+    """Curves of all policies, a window's at the mean of what it holds; with the share of all units above.
+
+    alone : no regret stands below, so a window is drawn at the most it holds, as Belady's policy is to be compared
+        with it; and there is no second scale above.
+    """
     top, largest, per_miss = 0.0, 0.0, []
     for number, curve in enumerate(document["curves"]):
-        sizes, misses = _sizes(document, curve), 1.0 - np.asarray(curve["hit_ratio"], dtype=np.float64)
+        sizes = _sizes(document, curve, "peak_bytes" if alone else "sizes_bytes")
+        misses = 1.0 - np.asarray(curve["hit_ratio"], dtype=np.float64)
         order = np.argsort(sizes, kind="stable")
-        axes.plot(sizes[order], misses[order], **_looks(document, number))
+        looks = _looks(document, number)
+        if alone and curve["policy"] == "window":
+            looks["label"] += ",\nat the most it holds"
+        axes.plot(sizes[order], misses[order], **looks)
         if curve["policy"] == _FLOOR:
             axes.fill_between(sizes[order], 0.0, misses[order], color=FAINT, alpha=0.6, linewidth=0, zorder=0)
         top, largest = max(top, float(misses.max())), max(largest, float(sizes.max()))
@@ -82,8 +108,9 @@ def _misses(axes: Axes, document: dict[str, Any]) -> None:
     show_units(axes.yaxis, "Accesses that miss", "ratio", 1.0)
     show_units(axes.xaxis, "Cache, all layers together", "bytes", largest or 1.0)
     whole = document["unit_bytes"] * document["n_units"] * document["n_layers"]
-    shares = axes.secondary_xaxis("top", functions=_by(1.0 / whole))
-    show_units(shares.xaxis, "Share of all units", "ratio", 1.0)
+    if not alone:
+        above = axes.secondary_xaxis("top", functions=_by(1.0 / whole))
+        show_units(above.xaxis, "Share of all units", "ratio", 1.0)
     if per_miss and np.ptp(per_miss) <= 1e-6 * max(per_miss):  # then one scale serves every curve
         accessed = float(np.mean(per_miss))
         amounts = axes.secondary_yaxis("right", functions=_by(accessed))

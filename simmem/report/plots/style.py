@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 __all__ = ["FAINT", "GREY", "INK", "MARKERS", "PALETTE", "SUFFIXES", "binary_size", "check_plot", "heading",
-           "label_lines", "log_ticks", "picture", "plain", "show_units"]
+           "label_lines", "legend_below", "log_ticks", "panel", "picture", "plain", "said", "show_units"]
 
 # What a file that names no date, and no version of the program, says of itself.
 SUFFIXES: dict[str, dict[str, None]] = {
@@ -36,6 +36,7 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X", "*")
 INK, GREY, FAINT = "#222222", "#6F6F6F", "#D9D9D9"
 
 _WIDTH_IN, _HEIGHT_IN, _DPI = 12.0, 8.0, 100
+_PANEL_IN = 9.5
 _SETTINGS: dict[str, Any] = {
     "figure.dpi": _DPI, "savefig.dpi": _DPI, "font.size": 10, "axes.titlesize": 11, "axes.titlelocation": "left",
     "axes.titleweight": "bold", "axes.labelsize": 10, "xtick.labelsize": 9, "ytick.labelsize": 9,
@@ -85,6 +86,49 @@ def picture(path: Path) -> Iterator[Figure]:
         drawn = BytesIO()
         figure.savefig(drawn, format=kind[1:], metadata=SUFFIXES[kind])
     write_bytes(path, drawn.getvalue())
+
+
+@contextmanager
+def panel(ax: Axes | None, title: str, subtitle: str = "", *, height_in: float = 4.6, letters: int = 104
+          ) -> Iterator[Axes]:
+    """The axes that are given, or those of a new figure that a notebook shows by itself, under a title.
+
+    letters : of a line of the subtitle; fewer where long names of ticks leave the axes less room.
+
+    Raises MachineError where matplotlib is missing.
+    """
+    try:
+        import matplotlib
+        from matplotlib import pyplot
+    except ImportError as error:
+        raise MachineError(f"a picture needs matplotlib ({error}); install with: pip install 'simmem[notebook]'"
+                           ) from None
+    with matplotlib.rc_context(_SETTINGS):
+        if ax is None:
+            _, ax = pyplot.subplots(figsize=(_PANEL_IN, height_in), layout="constrained")
+        said(ax, title, subtitle, letters)
+        yield ax
+
+
+def said(axes: Axes, title: str, subtitle: str = "", letters: int = 104) -> None:
+    """What a panel shows, in bold, and on the line below what it rests on, in grey."""
+    from textwrap import wrap
+
+    lines = wrap(plain(subtitle, 240, prose=True), letters)
+    axes.set_title(plain(title, 80, prose=True), pad=8 + 12 * len(lines))
+    if lines:
+        axes.annotate("\n".join(lines), (0.0, 1.0), xytext=(0.0, 5.0), xycoords="axes fraction",
+                      textcoords="offset points", fontsize=9, color=GREY, annotation_clip=False, linespacing=1.25)
+
+
+def legend_below(axes: Axes, columns: int, **options: Any) -> None:
+    """A legend under the label of the x axis, as far below whatever the height of the panel."""
+    from matplotlib.transforms import ScaledTranslation
+
+    figure = axes.get_figure(root=True)
+    assert figure is not None
+    below = axes.transAxes + ScaledTranslation(0.0, -0.5, figure.dpi_scale_trans)
+    axes.legend(loc="upper left", bbox_to_anchor=(0.0, 0.0), bbox_transform=below, ncols=columns, **options)
 
 
 def heading(figure: Figure, title: str, subtitle: str) -> None:
@@ -147,7 +191,7 @@ def label_lines(figure: Figure, axes: Axes, lines: Sequence[tuple[float, str, st
                                        "shrinkB": 0, "relpos": (0.0, 0.5)})
              for at, text, colour in wanted]
     figure.draw_without_rendering()  # now the axes have made room, and it is known how high they are
-    gap = line * points / 72 * _DPI / float(axes.get_window_extent().height)
+    gap = line * points / 72 * figure.dpi / float(axes.get_window_extent().height)
     heights: list[float] = []
     for at, _, _ in wanted:
         heights.append(max(at, heights[-1] + gap) if heights else max(at, 0.0))
