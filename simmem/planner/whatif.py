@@ -157,7 +157,7 @@ def _is_answer(base: Candidate, found: Candidate | None) -> bool:
 def _budgets(base: Candidate, shares: Sequence[float]) -> list[tuple[str, dict[str, float]]]:
     """Other budgets of the memory that is computed out of, and of the one that storage is read into."""
     context = base.context
-    tiers = dict.fromkeys((context.device.host, context.memory_of(str(base.block.structural["agent"]))))
+    tiers = dict.fromkeys((context.memory_of(str(base.block.structural["agent"])), context.device.host))
     return [(tier, {**context.budget_bytes, tier: float(math.floor(context.budget_bytes[tier] * share))})
             for tier in tiers for share in shares if share != 1.0]
 

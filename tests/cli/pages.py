@@ -5,14 +5,20 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
 from dataclasses import dataclass, field
+from functools import cached_property
 from html.parser import HTMLParser
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
-from tests.cli.running import Simmem
+import pytest
 
-__all__ = ["HOSTILE", "Parsed", "hostile_plan", "hostile_search", "parsed", "plan_on", "search_in"]
+from simmem.cli import main
+
+__all__ = ["HOSTILE", "PLAN", "Pages", "Parsed", "digest", "parsed"]
 
 HOSTILE = "<img src=x onerror=window.hacked=1></script><script>window.hacked=1</script>\u2028'\"&"
 
@@ -67,14 +73,7 @@ def digest(text: str) -> str:
     return "'sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode() + "'"
 
 
-def plan_on(folder: Path, simmem: Simmem, *arguments: object) -> Path:
-    """A plan of opt-6.7b on a phone: part of the weights is read for each token, and more memory would change that."""
-    path = folder / "plan.json"
-    ended = simmem("plan", "--device", "iphone15", "--model", "opt-6.7b", "--weights", "int4", "--out", path, *arguments)
-    assert ended.code == 0, ended.err
-    return path
-
-
+PLAN = ("plan", "--device", "iphone15", "--model", "opt-1.3b", "--weights", "int4", "--dram", "600MB")
 SPEC = """schema = "simmem.search-spec/1"
 [[grid]]
 devices = ["iphone15"]
@@ -86,14 +85,58 @@ limits = { max_latency = "12 ms" }
 """
 
 
-def search_in(folder: Path, simmem: Simmem) -> Path:
-    """A search of eight cells, some of which break their limit."""
-    (folder / "search.toml").write_text(SPEC)
-    ended = simmem("search", folder / "search.toml", "--json")
-    assert ended.code == 1, ended.err
-    path = folder / "search.json"
-    path.write_text(ended.out, encoding="utf-8")
-    return path
+class Pages:
+    """Documents and their pages, each made once by the command and only where a test asks for it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    @cached_property
+    def plan(self) -> Path:
+        """Part of the weights is read for each token; more memory would change that."""
+        with ended(0):
+            main([*PLAN, "--out", str(self.folder / "plan.json")])
+        return self.folder / "plan.json"
+
+    @cached_property
+    def search(self) -> Path:
+        """Eight cells, some of which break their limit."""
+        (self.folder / "search.toml").write_text(SPEC)
+        with ended(1) as out:
+            main(["search", str(self.folder / "search.toml"), "--json"])
+        path = self.folder / "search.json"
+        path.write_text(out.getvalue(), encoding="utf-8")
+        return path
+
+    @cached_property
+    def of_plan(self) -> Path:
+        return self._page(self.plan, "plan.html")
+
+    @cached_property
+    def of_search(self) -> Path:
+        return self._page(self.search, "search.html")
+
+    @cached_property
+    def of_hostile_plan(self) -> Path:
+        return self._page(hostile_plan(self.plan, self.folder), "hostile-plan.html")
+
+    @cached_property
+    def of_hostile_search(self) -> Path:
+        return self._page(hostile_search(self.search, self.folder), "hostile-search.html")
+
+    def _page(self, document: Path, name: str) -> Path:
+        with ended(0) as out:
+            main(["report", str(document), "--html", str(self.folder / name)])
+        assert out.getvalue() == ""
+        return self.folder / name
+
+
+@contextmanager
+def ended(code: int) -> Iterator[StringIO]:
+    """The command in it has to end so; what it prints on stdout."""
+    with redirect_stdout(StringIO()) as out, pytest.raises(SystemExit) as stop:
+        yield out
+    assert stop.value.code == code
 
 
 def hostile_plan(plan: Path, folder: Path) -> Path:
@@ -123,7 +166,7 @@ def hostile_search(search: Path, folder: Path) -> Path:
             cell["plan"]["why"] = [HOSTILE]
         for violation in cell["violations"]:
             violation["limit"] = violation["cause"] = HOSTILE
-    data["spec"] = data["simmem"] = HOSTILE
+    data["spec"] = data["simmem"] = HOSTILE + "\ud800"
     data["left_out"] = [HOSTILE]
     path = folder / "hostile.json"
     path.write_text(json.dumps(data), encoding="utf-8")

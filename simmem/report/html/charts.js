@@ -53,6 +53,13 @@ function scale(values, from, to, {zero = true, log = null} = {}) {
   return {place: (value) => from + (to - from) * (value - low) / (high - low), ticks: () => ticks(low, high, 5)};
 }
 
+// Times on an axis, with as many digits as tell them apart.
+function timesOf(marks) {
+  const words = (digits) => marks.map((at) => quantity(Math.abs(at) < 1e-15 ? 0 : at, "s", digits));
+  const digits = [3, 4, 5, 6].find((n) => new Set(words(n)).size === marks.length) || 6;
+  return words(digits);
+}
+
 const label = (x, y, text, attributes) => svg("text", {x, y, ...attributes}, text);
 
 // The bars of a decode step, a lane for each stream. What was read for this step before it began stands, paler, where the
@@ -83,10 +90,10 @@ function lanes(step, width, names) {
       }
     }
   }
-  const marks = ticks(step.from_s, step.to_s, width < 500 ? 4 : 8);
+  const marks = ticks(step.from_s, step.to_s, width < 500 ? 4 : 8), times = timesOf(marks);
   return svg("svg", {width, height: bottom + 24, viewBox: `0 0 ${width} ${bottom + 24}`},
-    marks.map((at) => [svg("line", {x1: x(1e9 * at), x2: x(1e9 * at), y1: top, y2: bottom, class: "axis"}),
-      label(Math.min(Math.max(x(1e9 * at), 1), width - 1), bottom + 16, seconds(Math.abs(at) < 1e-15 ? 0 : at), {
+    marks.map((at, index) => [svg("line", {x1: x(1e9 * at), x2: x(1e9 * at), y1: top, y2: bottom, class: "axis"}),
+      label(Math.min(Math.max(x(1e9 * at), 1), width - 1), bottom + 16, times[index], {
         class: "soft", "text-anchor": x(1e9 * at) < 25 ? "start" : x(1e9 * at) > width - 25 ? "end" : "middle"})]),
     streams.map((stream, row) => label(0, top + lane * row + 11, `${stream}, ${share(step.busy_s[stream] / step.token_s)} busy`)),
     bars);
@@ -100,6 +107,7 @@ function kindsIn(steps) {
 // Dots joined by a thin line that only guides the eye; points: {x, y, text, kind, pick}, y null where there is none.
 function dots(points, width, {height = 150, logX = false, words, yUnit = seconds, line = null}) {
   const left = 52, right = width - 14, top = 10, bottom = height - 26;
+  points = [...points].sort((a, b) => a.x - b.x);
   const known = points.filter((point) => point.y !== null);
   const ys = scale([...known.map((point) => point.y), ...(line === null ? [] : [line])], bottom, top);
   const xs = scale(points.map((point) => point.x), left + 10, right, {zero: false, log: logX});

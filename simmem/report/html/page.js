@@ -42,7 +42,9 @@ function quantity(value, dimension, digits = 3) {
   const unit = UNITS[dimension] || "";
   if (value === 0) return `0 ${unit}`.trim();
   const ladder = dimension === "s" || dimension.startsWith("joule") ? SMALL : LARGE;
-  const [prefix, scale] = ladder.find(([, size]) => Math.abs(value) >= size) || ladder[ladder.length - 1];
+  // Rounded first: 999.99 MB is 1 GB.
+  const rounded = Math.abs(Number(value.toPrecision(digits)));
+  const [prefix, scale] = ladder.find(([, size]) => rounded >= size) || ladder[ladder.length - 1];
   const number = value / scale;
   const text = Math.abs(number) < 10 ** digits ? digitsOf(number, digits) : number.toFixed(0);
   return `${text} ${prefix}${unit}`.trim();
@@ -103,7 +105,7 @@ function changeBar(value, most, kind) {
     svg("line", {x1: "50%", x2: "50%", y1: 0, y2: "100%", class: "axis"}));
 }
 const PARTS = ["io", "transfer", "memory", "compute", "predictor", "draft", "sync", "wait"];
-const swatch = (kind, paler) => svg("svg", {width: 11, height: 11, "aria-hidden": "true"},
+const swatch = (kind, paler) => svg("svg", {class: "swatch", width: 11, height: 11, "aria-hidden": "true"},
   svg("rect", {width: 11, height: 11, rx: 2, class: `k-${kind}${paler ? " paler" : ""}`}));
 const partsOf = (breakdown) => PARTS.filter((part) => breakdown[part] > 0);
 function legend(parts, words, more) {
@@ -125,7 +127,7 @@ function memoryTable(memory) {
 function breakdownTable(breakdown, total, words) {
   const parts = partsOf(breakdown).sort((a, b) => breakdown[b] - breakdown[a]);
   return table("Where the time of a token goes, along its critical path", [["Part"], ["Time", "n"], ["Share", "n"], ["", "bar"]],
-    parts.map((part) => [[swatch(part), " ", words[part]], seconds(breakdown[part]), share(breakdown[part] / total),
+    parts.map((part) => [[swatch(part), words[part]], seconds(breakdown[part]), share(breakdown[part] / total),
       bar([[breakdown[part] / total, `k-${part}`]])]));
 }
 function show(...parts) {

@@ -50,9 +50,10 @@ def page(title: str, data: Mapping[str, Any], scripts: Sequence[str], without: s
     """
     style = _beside("page.css")
     script = "(() => {\n\"use strict\";\n" + "\n".join(map(_beside, ("page.js", *scripts))) + "\n})();\n"
+    title = html.escape(title).encode("utf-8", "replace").decode()  # JSON may hold half of a letter
     policy = (f"default-src 'none'; style-src '{_digest(style)}'; script-src '{_digest(script)}'; img-src data:; "
               "connect-src 'none'; base-uri 'none'; form-action 'none'; require-trusted-types-for 'script'")
-    return _PAGE.format(policy=policy, version=__version__, title=html.escape(title), style=style,
+    return _PAGE.format(policy=policy, version=__version__, title=title, style=style,
                         without=html.escape(without), data=plain_json(data), script=script)
 
 

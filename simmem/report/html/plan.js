@@ -154,7 +154,7 @@ function provenance(budget) {
   else said.push("The plan itself");
   if (knobbed) said.push(`with ${what.knob} set to ${valueOf(what.values[now.knob])} and everything else held`);
   if (scaled) {
-    said.push(`simulated with the whole throughput curve of ${what.link} × ${setting(what.factors[now.factor])}, the plan held fixed ` +
+    said.push(`simulated with the whole throughput curve of ${what.link} × ${setting(what.factors[now.factor])}, ${budget.tier ? "that" : "the"} plan held fixed ` +
       "(planned anew it could only do as well or better)");
   }
   return `${said.join(", ")}.`;
@@ -205,8 +205,9 @@ const whatIf = section("what-if", "What if",
     "of their own: the same figures make all of them uncertain together, as the answer is. They are means over at most ",
     `${what.tokens} tokens of a trace, the plan's own figure over up to 64`,
     basePoint.token_latency_s === what.base_s ? "." : `, so it reads ${seconds(basePoint.token_latency_s)} here and ${seconds(what.base_s)} above.`),
-  el("div", {class: "whatif"}, el("div", null, controls, reset),
-    el("div", null, live, readout, el("h3", null, "Layers in the middle of a step"), closeUp)),
+  el("div", {class: "whatif"},
+    el("div", {class: "now"}, live, reset), el("div", {class: "controls"}, controls),
+    el("div", {class: "readout"}, readout, el("h3", null, "Layers in the middle of a step"), closeUp)),
   what.link ? null : el("p", {class: "soft"}, "No plan here moves enough over any link to feel its bandwidth."));
 
 // --- when ------------------------------------------------------------------------------------------------------------
@@ -262,7 +263,7 @@ const moves = moving.length === 0 ? el("p", null, "Nothing moves: all that a tok
     moving.map(([link, amount]) => [name(link), bytes(amount), setting(Number((p.requests_per_token[link] || 0).toPrecision(4))),
       p.requests_per_token[link] ? bytes(amount / p.requests_per_token[link]) : "–"]));
 const caches = Object.entries(p.cache);
-const where = section("memory", "What lives where, and what moves",
+const where = section("where", "What lives where, and what moves",
   el("div", {class: "two"},
     el("div", null, residencyTable(plan.residency)), el("div", null, memoryTable(plan.memory), el("p"), moves,
       caches.length ? table("Caches", [["Cache"], ["Hits", "n"], ["Read a token", "n"]],

@@ -68,15 +68,18 @@ function ordered(found) {
 const opened = new Set();
 function rowsOf(cell) {
   const isOpen = opened.has(cell.index), id = `cell-${cell.index}`;
-  const button = el("button", {type: "button", class: "open", "aria-expanded": String(isOpen), "aria-controls": id,
+  const button = el("button", {type: "button", class: "open", "aria-expanded": String(isOpen), "aria-controls": isOpen ? id : null,
     click: () => { if (isOpen) opened.delete(cell.index); else opened.add(cell.index); fill(cell.index); }}, name(cell.id));
   const cause = cell.violations.length && !isOpen ? el("div", {class: "small soft"}, name(cell.violations.map((v) => `${v.limit}: ${v.cause}`).join("; "))) : null;
   const chip = el("span", {class: `chip ${broken(cell) ? "worse" : cell.status === "pass" ? "better" : "soft"}`}, statusOf(cell));
-  const row = el("tr", {class: "cell"}, el("th", {scope: "row", class: "long"}, button, cause), el("td", null, chip),
-    COLUMNS.slice(2).map(([, value, said, kind]) => { const v = value(cell); return el("td", {class: kind || null}, v === null ? "–" : said(v)); }));
-  return isOpen ? [row, el("tr", {id}, el("td", {colspan: COLUMNS.length, class: "details"}, details(cell)))] : [row];
+  const row = el("tr", {class: "cell", role: "row"}, el("th", {scope: "row", role: "rowheader"}, button, cause),
+    el("td", {role: "cell", "data-label": "Status"}, chip), COLUMNS.slice(2).map(([title, value, said, kind]) => {
+      const v = value(cell);
+      return el("td", {class: kind || null, role: "cell", "data-label": title}, v === null ? "–" : said(v));
+    }));
+  return isOpen ? [row, el("tr", {id, role: "row"}, el("td", {colspan: COLUMNS.length, class: "details", role: "cell"}, details(cell)))] : [row];
 }
-const body = el("tbody");
+const body = el("tbody", {role: "rowgroup"});
 const count = el("p", {class: "soft", role: "status", id: "count"});
 function fill(focused) {
   const found = ordered(cells.filter(matches));
@@ -90,7 +93,7 @@ function fill(focused) {
     if (row) row.querySelector("button").focus();
   }
 }
-const headings = COLUMNS.map(([title, , , kind], index) => el("th", {scope: "col", class: kind || null, "aria-sort": "none"},
+const headings = COLUMNS.map(([title, , , kind], index) => el("th", {scope: "col", role: "columnheader", class: kind || null, "aria-sort": "none"},
   el("button", {type: "button", click: () => {
     view.down = view.column === index && !view.down;
     view.column = index;
@@ -117,7 +120,7 @@ show(el("header", null, el("h1", null, name(data.title)),
   data.against ? el("p", null, "Against the baseline ", name(data.against), ".") : null,
   data.notes.length ? el("ul", {class: "small"}, data.notes.map((note) => el("li", null, name(note)))) : null),
 section("cells", "Cells", filters, count,
-  el("div", {class: "scroll", tabindex: "0", role: "region", "aria-label": "Cells"},
-    el("table", null, el("caption", null, "A cell's name opens its plan; a heading sorts."), el("thead", null, el("tr", null, headings)), body))),
+  el("div", {class: "scroll cells", tabindex: "0", role: "region", "aria-label": "Cells"},
+    el("table", {role: "table"}, el("caption", null, "A cell's name opens its plan; a heading sorts."), el("thead", {role: "rowgroup"}, el("tr", {role: "row"}, headings)), body))),
 el("footer", null, madeBy(`Searched by simmem ${data.made_by}; written`)));
 fill();
