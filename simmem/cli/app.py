@@ -6,7 +6,7 @@ from typing import Annotated, Any
 
 import typer
 
-from simmem.cli import judging, listing, machine, planning, running, searching, tracing, validating
+from simmem.cli import judging, listing, machine, planning, reporting, running, searching, tracing, validating
 
 __all__ = ["app", "command"]
 
@@ -46,6 +46,7 @@ app.command()(running.run)
 app.command()(validating.validate)
 app.command()(judging.reproduce)
 app.command()(searching.search)
+app.command()(reporting.report)
 app.command()(listing.devices)
 app.command()(listing.models)
 app.command()(listing.traces)

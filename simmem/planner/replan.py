@@ -16,14 +16,15 @@ from simmem.errors import SimmemError, SpecError, TraceError
 from simmem.planner.candidate import Candidate, blocks, contention_of, stratified_rows
 from simmem.planner.document import MeasuredHere, Percentiles, Plan, measured_here
 from simmem.planner.predict import column_of
-from simmem.planner.question import FINAL_ROWS, ask
+from simmem.planner.question import FINAL_ROWS, Question, ask
 from simmem.policy.base import policy_named
+from simmem.policy.context import Replayed
 from simmem.policy.drafting import drafted
 from simmem.sim.events import events
 from simmem.sim.timeline import BREAKDOWN, Timeline, critical_path, occupancy
 from simmem.spec.base import validate
 
-__all__ = ["Simulation", "candidate_of", "read_plan", "resimulate"]
+__all__ = ["Simulation", "candidate_of", "question_of", "read_plan", "resimulate"]
 
 MAX_PLAN_BYTES = 16 << 20
 
@@ -67,16 +68,27 @@ def read_plan(path: Path) -> Plan:
     return validate(Plan, data, file=str(path))
 
 
-def candidate_of(plan: Plan, *, file: str | None = None) -> Candidate:
-    """The candidate a plan describes, with its budgets; the trace must still be the one it names."""
+def question_of(plan: Plan, *, held: bool = True, policy: str | None = None, opened: Replayed | None = None
+                ) -> Question:
+    """What a plan answers, at its precision, trace and budgets. Raises SpecError.
+
+    held : with its policy and knobs; else over every policy, or all knobs of `policy`.
+    opened : its trace, where that was opened already.
+    """
     w = plan.workload
     question = ask(plan.device, plan.model, prompt=w.prompt_tokens, new_tokens=w.new_tokens, batch=w.batch,
                    weights=w.mixed or w.weights, kv=w.kv, trace=plan.trace.name if plan.trace else None,
-                   policy=plan.policy.name, knobs=plan.policy.knobs, engine=plan.engine, draft=w.draft,
-                   acceptance=w.acceptance, draft_length=w.draft_length if w.draft or w.draft_length else None)
+                   policy=plan.policy.name if held else policy, knobs=plan.policy.knobs if held else None,
+                   objective=plan.objective, engine=plan.engine, draft=w.draft, acceptance=w.acceptance,
+                   draft_length=w.draft_length if w.draft or w.draft_length else None, opened=opened)
     budget = {**question.budget_bytes, **{k: v.budget_bytes for k, v in plan.memory.items()
                                           if k in question.budget_bytes}}
-    context = replace(question, budget_bytes=budget).context(w.weights)
+    return replace(question, budget_bytes=budget)
+
+
+def candidate_of(plan: Plan, *, file: str | None = None) -> Candidate:
+    """The candidate a plan describes, with its budgets; the trace must still be the one it names."""
+    context = question_of(plan).context(plan.workload.weights)
     replayed = context.replayed or context.routing
     if plan.trace and replayed and replayed.trace.header.digest != plan.trace.digest:
         raise TraceError(f"the trace {plan.trace.name} is not the one this plan was made from (its digest differs)",

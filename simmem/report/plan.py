@@ -16,7 +16,7 @@ from simmem.spec.device import Device
 from simmem.spec.precision import FILE
 from simmem.units import format_quantity
 
-__all__ = ["print_plan", "print_simulation"]
+__all__ = ["caveat", "print_plan", "print_simulation", "quality_words", "step_words", "weights_words"]
 
 CAVEATS = {
     "measured": "The figures this plan rests on were measured.",
@@ -47,16 +47,32 @@ def _table(*columns: str) -> Table:
     return table
 
 
+def caveat(plan: Plan, device: Device) -> str:
+    """What an answer can be worth, by the weakest figure that it rests on."""
+    estimated = sum(f.kind == "estimated" for f in device.figures().values())
+    said = CAVEATS.get(plan.evidence.weakest_kind, "What this plan rests on is not known.")
+    return said if not estimated else (
+        f"{said} {estimated} of the {len(device.figures())} figures of {device.name} are estimated "
+        f"(`simmem devices {device.name}`).")
+
+
+def weights_words(plan: Plan) -> str:
+    """The precision of the weights as it reads after the name of a policy."""
+    return "weights as in the file" if plan.workload.weights == FILE else f"{plan.workload.label} weights"
+
+
+def step_words(plan: Plan) -> str:
+    """What a decode step yields."""
+    w = plan.workload
+    return ("token" if w.batch == 1 else f"token of each of {w.batch} sequences" if w.draft_length else
+            f"step of {w.batch} tokens")
+
+
 def print_plan(plan: Plan, device: Device) -> None:
     """Print a plan on stdout."""
     console = new_console()
     p, w = plan.predicted, plan.workload
-    estimated = sum(f.kind == "estimated" for f in device.figures().values())
-    caveat = CAVEATS[plan.evidence.weakest_kind]
-    if estimated:
-        caveat += f" {estimated} of the {len(device.figures())} figures of {device.name} are estimated " \
-                  f"(`simmem devices {device.name}`)."
-    console.print(Text(caveat, style="yellow" if plan.evidence.weakest_kind == "estimated" else "dim"))
+    console.print(Text(caveat(plan, device), style="yellow" if plan.evidence.weakest_kind == "estimated" else "dim"))
     console.print()
     console.print(Text.assemble(
         (f"{plan.model} on {device.title}", "bold"),
@@ -64,9 +80,7 @@ def print_plan(plan: Plan, device: Device) -> None:
         + (f", {w.draft_length} drafted by {w.draft} for each step" if w.draft_length else "")))
     console.print()
 
-    what = "weights as in the file" if w.weights == FILE else f"{w.label} weights"
-    step = ("token" if w.batch == 1 else f"token of each of {w.batch} sequences" if w.draft_length else
-            f"step of {w.batch} tokens")
+    what, step = weights_words(plan), step_words(plan)
     by_rate = plan.objective == "throughput"
     low, high = (_s(end) for end in p.token_latency_interval_s)
     if by_rate:
@@ -78,7 +92,7 @@ def print_plan(plan: Plan, device: Device) -> None:
         beside = (f" (90 % interval {low} to {high})"
                   f"\n{p.decode_tokens_per_s:.3g} tokens/s while decoding; first token after")
     headline = Text.assemble((best, "bold green"), f"{beside} {_s(p.first_token_s)}, loading {_s(p.load_s)}"
-                                                   f"\nquality: {_quality(plan)}")
+                                                   f"\nquality: {quality_words(plan)}")
     console.print(Padding(headline, (0, 0, 1, 0), expand=False))
 
     body = Text()
@@ -160,7 +174,8 @@ def _measured(console: Console, measured: MeasuredHere | None) -> None:
                            style="dim"))
 
 
-def _quality(plan: Plan) -> str:
+def quality_words(plan: Plan) -> str:
+    """What the plan costs in quality, and by which measurement."""
     q = plan.quality
     if q.perplexity_ratio is None:
         return f"unknown ({q.source})" if q.source else "unknown: the trace does not say what its sparsity costs"

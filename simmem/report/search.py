@@ -9,7 +9,7 @@ from simmem.report.format import console as new_console
 from simmem.report.format import new_table, section
 from simmem.units import format_quantity
 
-__all__ = ["junit_of", "markdown_of", "print_search"]
+__all__ = ["junit_of", "markdown_of", "notes_of", "print_search", "verdict_of"]
 
 MOST_TURNS = 10
 """Pairs of cells around a boundary that are named."""
@@ -33,9 +33,9 @@ def print_search(found: SearchDocument) -> None:
             console.print(Text(f"  {one.limit}: {one.cause}"))
     if found.broken:
         console.print()
-    for line in _notes(found):
+    for line in notes_of(found):
         console.print(Text(line, style="dim"))
-    console.print(Text(_verdict(found), style="bold"))
+    console.print(Text(verdict_of(found), style="bold"))
 
 
 def _shown(found: SearchDocument) -> list[SearchCell]:
@@ -71,13 +71,15 @@ def _figures(cell: SearchCell) -> tuple[str, str, str, str]:
             f"{plan.predicted.tokens_per_s:.3g}", held)
 
 
-def _verdict(found: SearchDocument) -> str:
+def verdict_of(found: SearchDocument) -> str:
+    """How many cells keep to their limits, in a sentence."""
     s = found.summary
     counts = f"{s.passed} pass, {s.failed} fail, {s.infeasible} infeasible"
     return f"{counts}: {s.broken} of {s.n} cells broken" if s.broken else f"{counts}: nothing broken"
 
 
-def _notes(found: SearchDocument) -> list[str]:
+def notes_of(found: SearchDocument) -> list[str]:
+    """What changed since the baseline, without breaking anything or as its cause."""
     lines = [_changed(one) for one in found.changed_inputs]
     if found.baseline and found.baseline.simmem != found.simmem:
         lines.append(f"the baseline was written by simmem {found.baseline.simmem}, this is {found.simmem}")
@@ -125,7 +127,7 @@ def junit_of(found: SearchDocument) -> str:
             failure.text = _xml("\n".join(f"{one.limit}: {one.cause}" for one in cell.violations))
         elif cell.changes:
             ElementTree.SubElement(case, "system-out").text = _xml("\n".join(cell.changes))
-    ElementTree.SubElement(suite, "system-out").text = _xml("\n".join([_verdict(found), *_notes(found)]))
+    ElementTree.SubElement(suite, "system-out").text = _xml("\n".join([verdict_of(found), *notes_of(found)]))
     ElementTree.indent(suites)
     return '<?xml version="1.0" encoding="UTF-8"?>\n' + ElementTree.tostring(suites, encoding="unicode") + "\n"
 
@@ -137,7 +139,7 @@ def _xml(text: str) -> str:
 
 def markdown_of(found: SearchDocument) -> str:
     """A summary that a pull request shows: the verdict, what broke and why, changed inputs; all cells folded away."""
-    lines = [f"## simmem search: {'❌' if found.summary.broken else '✅'} {_verdict(found)}", ""]
+    lines = [f"## simmem search: {'❌' if found.summary.broken else '✅'} {verdict_of(found)}", ""]
     if found.broken:
         lines += ["| cell | limit | why |", "|---|---|---|"]
         for cell in found.broken[:MOST_ROWS]:
@@ -145,8 +147,8 @@ def markdown_of(found: SearchDocument) -> str:
         if len(found.broken) > MOST_ROWS:
             lines.append(f"| and {len(found.broken) - MOST_ROWS} more | | |")
         lines.append("")
-    lines += [f"- {_md(line)}" for line in _notes(found)]
-    lines += [*([""] if _notes(found) else []), f"<details><summary>{_md(_title(found))}</summary>", "",
+    lines += [f"- {_md(line)}" for line in notes_of(found)]
+    lines += [*([""] if notes_of(found) else []), f"<details><summary>{_md(_title(found))}</summary>", "",
               "| cell | status | policy | a token | tokens/s | held |", "|---|---|---|--:|--:|---|"]
     for cell in _shown(found):
         lines.append("| " + " | ".join([f"`{_md(cell.id)}`", _status(cell)[0], *map(_md, _figures(cell))]) + " |")

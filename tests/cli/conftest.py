@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from simmem.cli import main
+from tests.cli.pages import Pages
 from tests.cli.running import Ended, Simmem
 
 
@@ -22,3 +23,9 @@ def simmem(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) 
         return Ended(stop.value.code, out, err)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def pages(tmp_path_factory: pytest.TempPathFactory) -> Pages:
+    """Documents and their pages, for all tests of `simmem report`."""
+    return Pages(tmp_path_factory.mktemp("pages"))
