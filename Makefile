@@ -14,7 +14,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check install -qq --constraint constraints.txt
 PLAN := plan --device iphone15 --model opt-6.7b
 
-.PHONY: help plan test test-all check bench wheel-test clean
+.PHONY: help plan test test-all check bench scoreboard wheel-test clean
 
 help:
 	@echo "make plan        set up and print the plan for opt-6.7b on an iphone15 (no torch needed)"
@@ -22,6 +22,7 @@ help:
 	@echo "make test-all    the slow tests too, and many more random examples of each law"
 	@echo "make check       ruff, mypy --strict, import contracts"
 	@echo "make bench       speed, beside peers where there are any"
+	@echo "make scoreboard  write docs/scoreboard.md anew: every error of predictions, published and recorded"
 	@echo "make wheel-test  build the wheel, install it elsewhere, compare its plan with the checkout's"
 	@echo "make clean       remove the environment and everything built"
 
@@ -64,6 +65,9 @@ check: $(VENV)/.everything
 
 bench: $(VENV)/.everything
 	@$(BIN)/python -m pytest --quiet benchmarks
+
+scoreboard: $(VENV)/.runtime
+	@$(BIN)/simmem scoreboard --out docs/scoreboard.md
 
 wheel-test: $(VENV)/.everything
 	@PYTHON="$(abspath $(BIN)/python)" bash tests/package/install_wheel.sh $(PLAN) --json

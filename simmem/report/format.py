@@ -11,7 +11,7 @@ from rich.text import Text
 
 from simmem.units import format_quantity
 
-__all__ = ["console", "new_table", "number", "parameters", "quantity", "section", "share"]
+__all__ = ["console", "markdown", "new_table", "number", "parameters", "quantity", "section", "share"]
 
 
 class _Console(Console):
@@ -62,3 +62,10 @@ def parameters(n: int | None) -> str:
 def share(value: float) -> str:
     """A share as per cent with one digit behind the point."""
     return format_quantity(value, "ratio")
+
+
+def markdown(text: str) -> str:
+    """Text in a table of Markdown: it ends no cell, opens no tag, is no link and moves no cursor."""
+    for mark, instead in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "'"), ("\n", " ")):
+        text = text.replace(mark, instead)
+    return "".join(c if c.isprintable() else " " for c in text)

@@ -42,11 +42,13 @@ def _printed() -> dict[str, type[BaseModel]]:
     from simmem.report.fromruns import LearntDocument
     from simmem.validation.reference import Reproduction
     from simmem.validation.runs import RunRow
+    from simmem.validation.scoreboard import Scoreboard
     from simmem.validation.verdict import Validation
 
     return {
         "plan": Plan, "error": documents.ErrorDocument, "simulation": Simulation, "run": RunRow,
-        "reproduce": Reproduction, "validate": Validation, "search": SearchDocument, "search-baseline": Baseline,
+        "reproduce": Reproduction, "scoreboard": Scoreboard, "validate": Validation,
+        "search": SearchDocument, "search-baseline": Baseline,
         "replay": documents.ReplayDocument, "trace": TraceHeader, "devices": documents.DeviceList,
         "models": documents.ModelList, "traces": documents.TraceList, "policies": documents.PolicyList,
         "device-sheet": documents.DeviceSheet, "device-comparison": DeviceComparison,

@@ -6,6 +6,7 @@ from rich.text import Text
 
 from simmem.planner.grid.document import ChangedInput, SearchCell, SearchDocument
 from simmem.report.format import console as new_console
+from simmem.report.format import markdown as _md
 from simmem.report.format import new_table, section
 from simmem.units import format_quantity
 
@@ -153,10 +154,3 @@ def markdown_of(found: SearchDocument) -> str:
     for cell in _shown(found):
         lines.append("| " + " | ".join([f"`{_md(cell.id)}`", _status(cell)[0], *map(_md, _figures(cell))]) + " |")
     return "\n".join([*lines, "", "</details>", ""])
-
-
-def _md(text: str) -> str:
-    """Text that ends no cell, opens no tag and is no link."""
-    for mark, instead in (("&", "&amp;"), ("<", "&lt;"), (">", "&gt;"), ("|", "\\|"), ("`", "'"), ("\n", " ")):
-        text = text.replace(mark, instead)
-    return text

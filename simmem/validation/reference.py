@@ -22,7 +22,7 @@ from simmem.planner.question import ask
 from simmem.spec import library
 from simmem.spec.base import Frozen, load_toml, validate
 
-__all__ = ["ReferenceRow", "Reproduction", "RowResult", "Summary", "reproduce"]
+__all__ = ["ReferenceRow", "Reproduction", "RowResult", "Summary", "reproduce", "summary_of"]
 
 Status = Literal["pass", "fail", "anchor", "xfail", "xpass", "excluded", "infeasible", "error"]
 FAILING = ("fail", "xpass", "infeasible", "error")
@@ -155,12 +155,16 @@ def reproduce(names: Iterable[str] = (), files: Iterable[Path] = ()) -> Reproduc
         if row.id in seen:
             raise SpecError(f"the id {row.id!r} stands twice", key="row.id")
         seen.add(row.id)
-    errors = np.array([abs(r.error) for r in results
+    return Reproduction(rows=results, summary=summary_of(results))
+
+
+def summary_of(rows: Iterable[RowResult]) -> Summary:
+    """Over |error| of the judged rows among these."""
+    errors = np.array([abs(r.error) for r in rows
                        if r.expect == "judged" and r.error is not None and r.interval is None])
-    summary = Summary(n=len(errors), mape=float(errors.mean()) if len(errors) else None,
-                      median=float(np.median(errors)) if len(errors) else None,
-                      max=float(errors.max()) if len(errors) else None)
-    return Reproduction(rows=results, summary=summary)
+    return Summary(n=len(errors), mape=float(errors.mean()) if len(errors) else None,
+                   median=float(np.median(errors)) if len(errors) else None,
+                   max=float(errors.max()) if len(errors) else None)
 
 
 def _raw_rows(path: Path) -> list[Any]:
