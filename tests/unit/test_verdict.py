@@ -80,13 +80,13 @@ def test_gates() -> None:
     found = gates([row(1.09, 1.0, storage="emulated")])
     assert (found["MAPE, emulated storage"], found["p90 of |error|, emulated storage"]) == ("fail", "pass")
     assert found["regret"] == found["Kendall tau-b"] == "unknown", "one row ranks nothing and was not chosen"
-    assert gates([row(1.0, 1.3) for _ in range(3)])["coverage of 90 % intervals"] == "fail"
+    assert gates([row(1.0, 1.3) for _ in range(3)])["coverage of 90 % intervals, real storage"] == "fail"
 
 
 def test_intervals_that_hold_everything_fail_only_where_chance_would_not_do_it() -> None:
     few, many = [row(1.0, 1.0)] * 33, [row(1.0, 1.0)] * 34
-    assert gates(few)["coverage of 90 % intervals"] == "pass"
-    assert gates(many)["coverage of 90 % intervals"] == "fail"
+    assert gates(few)["coverage of 90 % intervals, real storage"] == "pass"
+    assert gates(many)["coverage of 90 % intervals, real storage"] == "fail"
     assert math.ceil(1 / (1 - 0.97)) == len(many)
 
 
