@@ -76,6 +76,23 @@ def test_cells_a_second(figures, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_the_cost_of_a_task(figures, tmp_path: Path) -> None:
+    """400 cells that are answered in a few milliseconds each, so that what is left is the sending."""
+    sizes = json.dumps([f"{100 + i} kB" for i in range(400)])
+    text = GRID.format(devices='["iphone15"]', models='["opt-125m"]', budgets=sizes)
+    spec = written(tmp_path, text.replace("64, new", '64, weights = "fp16", new') + 'policies = ["resident"]\n')
+    one = searched(spec, "--jobs", 1)
+    figures.benchmark.pedantic(lambda: None, rounds=1)
+    for backend in ("loky", "dask"):
+        for block in (1, 4, 16):
+            found = searched(spec, "--jobs", 2, "--backend", backend, "--block", block)
+            assert found.out == one.out
+            figures.line(f"simmem search, 400 cells of next to nothing, {backend}, two workers, {block} at a time", "",
+                         f"{found.wall_s:.1f} s", f"{found.cpu_s:.1f} s of processor time; one job {one.wall_s:.1f} "
+                         f"and {one.cpu_s:.1f} s")
+
+
+@pytest.mark.slow
 def test_a_thousand_cells(figures, tmp_path: Path) -> None:
     """Ten devices, ten models, ten budgets, on two workers."""
     found = searched(written(tmp_path, THOUSAND), "--jobs", 2)

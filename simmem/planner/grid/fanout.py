@@ -28,6 +28,8 @@ _NEEDED = {"dask": "distributed", "ray": "ray"}
 """Backend → what it needs beside joblib; its extra is called as it is."""
 WAVE = 4
 """Blocks for each worker that ray is sent at a time: what is not yet back is lost where a search is killed."""
+IDLE_S = 20
+"""How long a worker waits for work: one whose search was killed must not stay. [s]"""
 Task = tuple[int, tuple[str, str, str, str, str]]
 """A cell's place and what `answer_cell` is told."""
 Numbered = Generator[tuple[int, str], None, None]
@@ -73,7 +75,7 @@ def opened(jobs: int = 1, backend: str = "loky", scheduler: str | None = None) -
                 stack.enter_context(parallel_config("ray"))
             else:
                 # One thread each: processes are the parallelism, and sums keep their order.
-                stack.enter_context(parallel_config("loky", inner_max_num_threads=1))
+                stack.enter_context(parallel_config("loky", inner_max_num_threads=1, idle_worker_timeout=IDLE_S))
         yield
 
 
