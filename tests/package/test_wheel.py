@@ -53,7 +53,7 @@ def test_nothing_optional_is_required(wheel: zipfile.ZipFile) -> None:
     requirements = metadata.get_all("Requires-Dist")
     assert requirements
     plain = {text.split(">")[0] for text in requirements if "extra ==" not in text}
-    assert plain == {"networkx", "numpy", "pydantic", "rich", "safetensors", "simpy", "typer"}
+    assert plain == {"networkx", "numpy", "pydantic", "rich", "safetensors", "typer"}
     assert {"capture", "dask", "dev", "export", "fit", "plot", "search", "test"} == set(
         metadata.get_all("Provides-Extra") or ())
     assert metadata["License-Expression"] == "Apache-2.0"
