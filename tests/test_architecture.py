@@ -24,7 +24,7 @@ MAX_LINES = 450
 HEAVY = ("matplotlib", "networkx", "numpy", "pandas", "pint", "pydantic", "safetensors", "scipy", "simpy", "sklearn",
          "torch", "transformers")
 # In the extras, or in none: a plan is made without them.
-OPTIONAL = ("distributed", "gguf", "joblib", "matplotlib", "pandas", "pint", "scipy", "sklearn", "torch",
+OPTIONAL = ("distributed", "gguf", "joblib", "matplotlib", "pandas", "pint", "scipy", "simpy", "sklearn", "torch",
             "transformers")
 
 

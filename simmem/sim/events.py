@@ -1,4 +1,4 @@
-"""When does each op end if bandwidth is shared? One candidate through a simpy event simulation.
+"""When does each op end if bandwidth is shared? One candidate through a simulation of its events.
 
 The same in-order streams as the analytic recurrence, plus what it cannot represent: bandwidth
 shared max-min fairly between the ops on a resource, measured interference between agents, finite
@@ -7,16 +7,19 @@ queues and background load. Without sharing both engines agree to rounding.
 Sharing is fluid. An op that alone takes t seconds and moves b bytes over a resource draws b/t
 of it; its speed x ≤ 1 is the largest for which max-min fairness gives every flow its share, and
 its progress is the integral of x. Speeds change only when an op starts or ends.
+
+The loop is written out, since a plan runs a hundred of these: processes of simpy took three times as long (tests hold
+it to them).
 """
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+import heapq
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
 
 import numpy as np
-import simpy
 from numpy.typing import NDArray
 
 from simmem.errors import SpecError
@@ -28,6 +31,7 @@ __all__ = ["Contention", "contends", "events", "fair_speeds"]
 _FINISHED = 1e-15
 """A flow with less work left than this share of the time so far has ended: that much is rounding."""
 _ROUNDING = 1e-12
+_NEVER = math.inf
 
 
 @dataclass(frozen=True)
@@ -103,97 +107,132 @@ def events(schedule: Schedule, durations: Durations, contention: Contention | No
 
 
 class _Run:
-    """State of one simulation."""
+    """State of one simulation: every stream serves its ops in order, and time moves from one end to the next."""
 
     def __init__(self, schedule: Schedule, durations: Durations, contention: Contention | None) -> None:
-        self.env = simpy.Environment()
         self.schedule = schedule
         self.classes: list[int] = schedule.op_class.tolist()
-        self.stream: list[int] = schedule.op_stream.tolist()
         self.occupancy: list[float] = durations.occupancy_s[:, 0].tolist()
         self.latency: list[float] = durations.latency_s[:, 0].tolist()
-        present = schedule.present[:, 0].tolist()
-        self.program = [o for o, k in enumerate(self.classes) if present[k]]
-        self.deps = self._effective_deps(present)
-        self.start = [0.0] * schedule.n_ops
-        self.free = [0.0] * schedule.n_ops
-        self.end = [0.0] * schedule.n_ops
+        self.present: list[bool] = schedule.present[:, 0].tolist()
+        self.deps = self._effective_deps()
+        self.queues: list[list[int]] = [[] for _ in schedule.streams]
+        for op, (k, stream) in enumerate(zip(self.classes, schedule.op_stream.tolist(), strict=True)):
+            if self.present[k]:
+                self.queues[stream].append(op)
+        self.next = [0] * len(self.queues)
+        """The place in each queue that is served, or waits."""
+        limits = contention.queue_limit if contention else {}
+        self.limit = [limits.get(name) for name in schedule.streams]
+        self.start, self.free, self.end = ([0.0] * schedule.n_ops for _ in range(3))
         self.finished = [False] * schedule.n_ops
-        self.waiting: dict[int, simpy.Event] = {}
-        self.queue_limit = contention.queue_limit if contention else {}
-        self.fluid = _Fluid(self.env, schedule, self.occupancy, contention) if contention else None
+        self.waiting: dict[int, list[int]] = {}
+        """Streams whose next op waits for an op."""
+        self.ready = list(range(len(self.queues)))
+        """Streams that may be able to go on at this instant."""
+        self.late: list[tuple[float, int]] = []
+        """When ops end that have left their stream."""
+        self.fluid: _Alone | _Fluid = _Fluid(schedule, self.occupancy, contention) if contention else _Alone()
 
-    def _effective_deps(self, present: list[bool]) -> list[tuple[int, ...]]:
+    def _effective_deps(self) -> list[tuple[int, ...]]:
         """Dependencies with absent ops replaced by what they wait for."""
+        here = [self.present[k] for k in self.classes]
         result: list[tuple[int, ...]] = []
         for deps in self.schedule.deps:
-            if all(present[self.classes[d]] for d in deps):
+            for d in deps:
+                if not here[d]:
+                    break
+            else:
                 result.append(deps)
                 continue
             found: set[int] = set()
             for d in deps:
-                found.update((d,) if present[self.classes[d]] else result[d])
+                found.update((d,) if here[d] else result[d])
             result.append(tuple(sorted(found)))
         return result
 
-    def serve(self, name: str, ops: list[int]) -> Generator[simpy.Event, Any, None]:
-        env, finished, waiting = self.env, self.finished, self.waiting
-        classes, occupancy, latency, deps, fluid = self.classes, self.occupancy, self.latency, self.deps, self.fluid
-        limit = self.queue_limit.get(name)
-        for position, op in enumerate(ops):
-            for d in deps[op]:
-                if not finished[d]:
-                    yield waiting[d] if d in waiting else waiting.setdefault(d, env.event())
-            if limit and position >= limit and not finished[ops[position - limit]]:
-                yield waiting.setdefault(ops[position - limit], env.event())
-            k = classes[op]
-            self.start[op] = env.now
-            if occupancy[k] > 0:
-                yield fluid.flow(k) if fluid else env.timeout(occupancy[k])
-            self.free[op] = env.now
-            if latency[k] > 0:
-                env.timeout(latency[k], value=op).callbacks.append(self._late)
-            else:
-                self._finish(op)
-
     def timeline(self) -> Timeline:
-        """Start a process per stream, run to the end, and collect the times."""
-        for index, name in enumerate(self.schedule.streams):
-            ops = [o for o in self.program if self.stream[o] == index]
-            if ops:
-                self.env.process(self.serve(name, ops))
-        self._to_the_end()
-        return Timeline(self.schedule, *self._times(), engine="events, shared" if self.fluid else "events")
+        """Run to the end, and collect the times."""
+        now, fluid, late, ready = 0.0, self.fluid, self.late, self.ready
+        while True:
+            for stream in ready:  # grows while it is gone through
+                self._serve(stream, now)
+            ready.clear()
+            ends_at = fluid.ends_at(now)
+            now = min(ends_at, late[0][0]) if late else ends_at
+            if now == _NEVER:
+                break
+            while late and late[0][0] <= now:
+                self._finish(heapq.heappop(late)[1], now)
+            if ends_at <= now:
+                for stream in fluid.ended(now):
+                    self._leave(self.queues[stream][self.next[stream]], now)
+                    self.next[stream] += 1
+                    ready.append(stream)
+        engine = "events, shared" if isinstance(fluid, _Fluid) else "events"
+        return Timeline(self.schedule, *self._times(), engine=engine)
 
-    def _to_the_end(self) -> None:
-        """Run until nothing is left to happen; speeds settle once per instant, before time moves on."""
-        env, fluid = self.env, self.fluid
-        if fluid is None:
-            env.run()
-            return
-        while env.peek() < float("inf"):
-            env.step()
-            if fluid.changed and env.peek() > env.now:
-                fluid.settle()
+    def _serve(self, stream: int, now: float) -> None:
+        """Begin the next ops of a stream until one holds it or has to wait."""
+        queue, limit, finished = self.queues[stream], self.limit[stream], self.finished
+        while self.next[stream] < len(queue):
+            op = queue[self.next[stream]]
+            for d in self.deps[op]:
+                if not finished[d]:
+                    self.waiting.setdefault(d, []).append(stream)
+                    return
+            if limit and self.next[stream] >= limit:
+                before = queue[self.next[stream] - limit]
+                if not finished[before]:
+                    self.waiting.setdefault(before, []).append(stream)
+                    return
+            self.start[op] = now
+            k = self.classes[op]
+            if self.occupancy[k] > 0:
+                self.fluid.begin(stream, k, self.occupancy[k], now)
+                return
+            self._leave(op, now)
+            self.next[stream] += 1
 
-    def _late(self, event: simpy.Event) -> None:
-        op: int = event.value  # type: ignore[assignment]
-        self._finish(op)
+    def _leave(self, op: int, now: float) -> None:
+        """An op sets its stream free."""
+        self.free[op] = now
+        latency = self.latency[self.classes[op]]
+        if latency > 0:
+            heapq.heappush(self.late, (now + latency, op))
+        else:
+            self._finish(op, now)
 
-    def _finish(self, op: int) -> None:
-        self.end[op] = self.env.now
+    def _finish(self, op: int, now: float) -> None:
+        self.end[op] = now
         self.finished[op] = True
-        event = self.waiting.pop(op, None)
-        if event is not None:
-            event.succeed()
+        self.ready.extend(self.waiting.pop(op, ()))
 
     def _times(self) -> tuple[NDArray[np.float64], NDArray[np.float64], NDArray[np.float64]]:
-        present = set(self.program)
-        for op in range(self.schedule.n_ops):
-            if op not in present:
+        for op, k in enumerate(self.classes):
+            if not self.present[k]:
                 at = max((self.end[d] for d in self.deps[op]), default=0.0)
                 self.start[op] = self.free[op] = self.end[op] = at
         return np.array(self.start), np.array(self.free), np.array(self.end)
+
+
+class _Alone:
+    """When the streams become free if nothing is shared."""
+
+    def __init__(self) -> None:
+        self.ends: list[tuple[float, int]] = []
+
+    def begin(self, stream: int, k: int, seconds: float, now: float) -> None:
+        heapq.heappush(self.ends, (now + seconds, stream))
+
+    def ends_at(self, now: float) -> float:
+        return self.ends[0][0] if self.ends else _NEVER
+
+    def ended(self, now: float) -> list[int]:
+        found = []
+        while self.ends and self.ends[0][0] <= now:
+            found.append(heapq.heappop(self.ends)[1])
+        return found
 
 
 @dataclass(slots=True, eq=False)
@@ -202,23 +241,20 @@ class _Flow:
     """Seconds left at full speed. [s]"""
     demand: int
     """Its demand class, which says what it draws and for whom."""
-    done: simpy.Event
+    stream: int
     speed: float = 1.0
 
 
 class _Fluid:
     """The flows that are under way, and when the next of them ends."""
 
-    def __init__(self, env: simpy.Environment, schedule: Schedule, occupancy: list[float],
-                 contention: Contention) -> None:
-        self.env = env
+    def __init__(self, schedule: Schedule, occupancy: list[float], contention: Contention) -> None:
         self.rules = contention.interference
         self.flows: list[_Flow] = []
         self.at = 0.0
-        self.version = 0
         self.changed = False
         """Flows began or ended at this instant, so that speeds are to settle before time moves on."""
-        self.occupancy = occupancy
+        self.first_ends_at = _NEVER
         self.agent = [c.agent or c.link for c in schedule.classes]
         self.available = {r: contention.available(r) for r in contention.capacity_bytes_per_s}
         self.draw: list[dict[str, float]] = [{} for _ in occupancy]
@@ -226,58 +262,66 @@ class _Fluid:
             for draw, n_bytes, seconds in zip(self.draw, amount[:, 0].tolist(), occupancy, strict=True):
                 if n_bytes > 0 and seconds > 0:
                     draw[resource] = n_bytes / seconds
+        # The largest share of any resource that a class asks for: while these add up to less than one, nobody waits.
+        self.most = [max((d / self.available[r] for r, d in draw.items() if r in self.available), default=0.0)
+                     for draw in self.draw] if not self.rules else [_NEVER] * len(occupancy)
         self.known: dict[tuple[int, ...], list[float]] = {}
         """Speeds depend on nothing but which classes flow together, and the same ones keep meeting."""
 
-    def flow(self, k: int) -> simpy.Event:
-        self._advance()
-        one = _Flow(self.occupancy[k], k, self.env.event())
-        self.flows.append(one)
+    def begin(self, stream: int, k: int, seconds: float, now: float) -> None:
+        self._advance(now)
+        self.flows.append(_Flow(seconds, k, stream))
         self.changed = True
-        return one.done
 
-    def _advance(self) -> None:
-        now = self.env.now
+    def _advance(self, now: float) -> None:
         passed = now - self.at
         if passed:
             self.at = now
             for one in self.flows:
                 one.work_s -= passed * one.speed
 
-    def settle(self) -> None:
-        """Give every flow its speed, and wake when the first of them ends."""
+    def ends_at(self, now: float) -> float:
+        """When the first flow ends; speeds settle once per instant, before time moves on. [s]"""
+        if not self.changed:
+            return self.first_ends_at
         self.changed = False
-        self.version += 1
         flows = self.flows
         if not flows:
-            return
-        together = tuple([f.demand for f in flows])
-        speeds = self.known.get(together)
-        if speeds is None:
-            speeds = self.known[together] = fair_speeds([self.draw[k] for k in together], self.available,
-                                                        self._caps(together))
-        soonest = float("inf")
+            self.first_ends_at = _NEVER
+            return _NEVER
+        speeds = self._speeds(tuple([f.demand for f in flows]))
+        soonest = _NEVER
         for one, speed in zip(flows, speeds, strict=True):
             one.speed = speed
             ends_in = one.work_s / speed
             if ends_in < soonest:
                 soonest = ends_in
-        self.env.timeout(max(soonest, 0.0), self.version).callbacks.append(self._wake)
+        self.first_ends_at = now + max(soonest, 0.0)
+        return self.first_ends_at
 
-    def _wake(self, event: simpy.Event) -> None:
-        if self.changed or event.value != self.version:
-            return
-        self._advance()
-        nothing = _FINISHED * self.env.now
-        ended = [f for f in self.flows if f.work_s <= nothing]
-        if ended:
+    def _speeds(self, together: tuple[int, ...]) -> list[float]:
+        """Of the flows of some classes."""
+        asked = 0.0
+        for k in together:
+            asked += self.most[k]
+        if asked <= 1.0:
+            return [1.0] * len(together)
+        if together not in self.known:
+            self.known[together] = fair_speeds([self.draw[k] for k in together], self.available, self._caps(together))
+        return self.known[together]
+
+    def ended(self, now: float) -> list[int]:
+        """Streams whose flow ends now."""
+        self._advance(now)
+        nothing = _FINISHED * now
+        over = [f for f in self.flows if f.work_s <= nothing]
+        if over:
             self.flows = [f for f in self.flows if f.work_s > nothing]
         else:
-            ended = [min(self.flows, key=lambda f: f.work_s / f.speed)]
-            self.flows.remove(ended[0])
-        for one in ended:
-            one.done.succeed()
+            over = [min(self.flows, key=lambda f: f.work_s / f.speed)]
+            self.flows.remove(over[0])
         self.changed = True
+        return [f.stream for f in over]
 
     def _caps(self, together: tuple[int, ...]) -> list[float]:
         """The largest speed that measured interference leaves each of the classes that flow together."""
@@ -309,15 +353,21 @@ def fair_speeds(draws: list[dict[str, float]], available: Mapping[str, float], c
     Gallager, Data Networks, §6.5.2): all bandwidths rise together, and a flow stops at its cap or where a resource
     it uses is full.
     """
-    speeds = list(caps)
+    speeds, full = list(caps), 1 + _ROUNDING
+    drawn: dict[str, float] = {}
+    for draw, cap in zip(draws, caps, strict=True):
+        for resource, amount in draw.items():
+            drawn[resource] = drawn.get(resource, 0.0) + amount * cap
+    for resource, amount in drawn.items():
+        if resource in available and amount > available[resource] * full:
+            break
+    else:  # room for everything
+        return speeds
     users: dict[str, list[int]] = {}
     for i, draw in enumerate(draws):
         for resource in draw:
             if resource in available:
                 users.setdefault(resource, []).append(i)
-    full = 1 + _ROUNDING
-    if all(sum(draws[i][r] * caps[i] for i in who) <= available[r] * full for r, who in users.items()):
-        return speeds
     most = [max((d for r, d in draw.items() if r in available), default=0.0) for draw in draws]
     left = {r: available[r] for r in users}
     loose = {i for i, m in enumerate(most) if m > 0}

@@ -74,7 +74,7 @@ def hot_table(trace: Trace, tokens: Ints) -> HotTable:
 
 
 def _added(sets: Sequence[Words]) -> list[Words]:
-    """How many of the sets hold each unit, as a binary number per unit: one set for each of its places, lowest first."""
+    """How many of the sets hold each unit, as a binary number for each: one set for each of its places, lowest first."""
     planes: list[Words] = []
     for carry in sets:
         for place, plane in enumerate(planes):

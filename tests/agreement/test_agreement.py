@@ -19,6 +19,7 @@ from simmem.schedule import DemandClass, Durations, OpKind, Schedule, ScheduleBu
 from simmem.sim import events as events_module
 from simmem.sim.analytic import analytic
 from simmem.sim.events import Contention, contends, events, fair_speeds
+from tests.agreement.simpy_engine import simulate
 from tests.strategies import (
     MANY,
     any_durations,
@@ -73,6 +74,19 @@ def test_both_engines_are_the_recurrence(case: tuple[Schedule, Durations, Conten
         assert found.makespan_s[i] == max(expected) == run.makespan_s
         assert found.token_end_s[:, i].tolist() == [expected[op] for op in schedule.token_ends]
         assert found.token_s[i] == run.token_s
+
+
+@given(timed_schedules())
+def test_the_event_loop_is_processes_of_simpy(case: tuple[Schedule, Durations, Contention]) -> None:
+    """The loop that is written out against one process a stream and an event for each op."""
+    schedule, took, contention = case
+    for i in range(schedule.n_candidates):
+        column, seconds = schedule.column(i), column_of(took, i)
+        for one in (None, contention):
+            with patch.object(events_module, "contends", return_value=True):
+                found, expected = events(column, seconds, one), simulate(column, seconds, one)
+            for name in ("start_s", "free_s", "end_s"):
+                assert getattr(found, name) == pytest.approx(getattr(expected, name), rel=1e-9, abs=0)
 
 
 @MANY

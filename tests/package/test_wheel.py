@@ -53,8 +53,8 @@ def test_nothing_optional_is_required(wheel: zipfile.ZipFile) -> None:
     requirements = metadata.get_all("Requires-Dist")
     assert requirements
     plain = {text.split(">")[0] for text in requirements if "extra ==" not in text}
-    assert plain == {"networkx", "numpy", "pydantic", "rich", "safetensors", "simpy", "typer"}
-    assert {"capture", "dask", "dev", "export", "fit", "plot", "ray", "search", "test"} == set(
+    assert plain == {"networkx", "numpy", "pydantic", "rich", "safetensors", "typer"}
+    assert {"capture", "dask", "dev", "export", "fit", "notebook", "plot", "ray", "search", "test"} == set(
         metadata.get_all("Provides-Extra") or ())
     assert metadata["License-Expression"] == "Apache-2.0"
 
