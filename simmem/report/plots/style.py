@@ -103,11 +103,16 @@ def panel(ax: Axes | None, title: str, subtitle: str = "", *, height_in: float =
     except ImportError as error:
         raise MachineError(f"a picture needs matplotlib ({error}); install with: pip install 'simmem[notebook]'"
                            ) from None
-    with matplotlib.rc_context(_SETTINGS):
-        if ax is None:
-            _, ax = pyplot.subplots(figsize=(_PANEL_IN, height_in), layout="constrained")
-        said(ax, title, subtitle, letters)
-        yield ax
+    interactive = pyplot.isinteractive()
+    try:
+        with matplotlib.rc_context(_SETTINGS):
+            if ax is None:
+                _, ax = pyplot.subplots(figsize=(_PANEL_IN, height_in), layout="constrained")
+            interactive = pyplot.isinteractive()  # the first figure of a notebook switches it on
+            said(ax, title, subtitle, letters)
+            yield ax
+    finally:
+        matplotlib.interactive(interactive)
 
 
 def said(axes: Axes, title: str, subtitle: str = "", letters: int = 104) -> None:
