@@ -254,10 +254,10 @@ def judge(rows: Sequence[LadderRow], *, broken: int = 0
                     high=0.97 if whole.n >= FEW_ROWS else None) if whole.coverage_beside is None else
               _gate("coverage of 90 % intervals beside controls", whole.coverage_beside, low=0.80,
                     high=0.97 if whole.n >= FEW_ROWS else None)]
-    reached = [float(r.conditions["rate_over_plain_reads"]) for r in _conclusive(rows)
-               if r.id.endswith("/naive") and "rate_over_plain_reads" in r.conditions]
+    reached = [float(r.conditions["rate_over_plain_batches"]) for r in _conclusive(rows)
+               if r.id.endswith("/naive") and "rate_over_plain_batches" in r.conditions]
     if reached:
-        gates.append(_gate("storage rate of naive loading over that of plain reads", min(reached), low=0.9))
+        gates.append(_gate("storage rate of naive loading over that of plain batches", min(reached), low=0.9))
     published = [abs(s.error) for s in step_ratios(rows) if s.published is not None and s.conclusive]
     if published:
         gates.append(_gate("largest error of a published step's I/O ratio", max(published), high=0.15))

@@ -104,12 +104,12 @@ def test_steps_are_told_as_shares_of_naive_loading() -> None:
             update={"id": f"a/{name}", "phases": [reading], "model": model})
 
     for model, published in (("opt-6.7b", 0.087 / 2.196), ("opt-1.3b", None)):
-        naive = step("naive", 2.0, 4.0, model).model_copy(update={"conditions": {"rate_over_plain_reads": 0.5}})
+        naive = step("naive", 2.0, 4.0, model).model_copy(update={"conditions": {"rate_over_plain_batches": 0.5}})
         rows = [naive, step("bundled", 0.5, 0.8, model), step("merged", 0.1, 0.1, model)]
         (found,) = step_ratios(rows)
         assert (found.step, found.predicted, found.published, found.conclusive) == ("bundled", 0.25, published, True)
         assert (found.measured, found.error) == (pytest.approx(0.2), pytest.approx(0.25))
-        assert gates(rows)["storage rate of naive loading over that of plain reads"] == "fail", "half of it"
+        assert gates(rows)["storage rate of naive loading over that of plain batches"] == "fail", "half of it"
         gate = gates(rows).get("largest error of a published step's I/O ratio")
         assert gate == (None if published is None else "fail")
     noisy = [step("naive", 2.0, 4.0, "opt-6.7b", "inconclusive"), step("bundled", 0.5, 0.8, "opt-6.7b")]
