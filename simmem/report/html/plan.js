@@ -86,7 +86,7 @@ function slider(id, title, n, read, write, say, curve) {
   };
   return part;
 }
-const along = (places, position, valueAt) => places.map((place) => {
+const along = (places, valueAt) => places.map((place) => {
   const point = pointAt({...now, ...place});
   const isPlan = ["budget", "knob", "factor"].every((key) => ({...now, ...place})[key] === PLAN[key]);
   const isNow = ["budget", "knob", "factor"].every((key) => ({...now, ...place})[key] === now[key]);
@@ -113,22 +113,26 @@ if (tiers.length) {
     () => ofTier(now.tier).findIndex(({index}) => index === now.budget),
     (at) => { now.budget = ofTier(now.tier)[at].index; },
     () => `${budgetWords(what.budgets[now.budget], now.tier)}${tiers.length < 2 ? "" : ` (${now.tier})`}`,
-    (width) => dots(along(memoryPlaces(), null, (place) => what.budgets[place.budget].budget_bytes[now.tier]), width, {words: bytes}));
+    (width) => dots(along(memoryPlaces(), (place) => what.budgets[place.budget].budget_bytes[now.tier]), width, {words: bytes}));
   controls.push(tier, memory);
 }
 if (what.link) {
   controls.push(slider("link", `Bandwidth of ${what.link}`, what.factors.length, () => now.factor, (at) => { now.factor = at; },
     () => factorWords(what.factors[now.factor]),
-    (width) => dots(along(what.factors.map((_, index) => ({factor: index})), null, (place) => what.factors[place.factor]), width,
+    (width) => dots(along(what.factors.map((_, index) => ({factor: index})), (place) => what.factors[place.factor]), width,
       {words: (value) => `× ${setting(value)}`, logX: true})));
 }
 if (what.knob) {
   const choice = el("select", {id: "knob", change: () => { now.knob = Number(choice.value); update(); }},
     what.values.map((value, index) => el("option", {value: index}, value === null ? "as planned" : valueOf(value))));
   const chart = picture(`${what.knob}: time of a ${step} at each value`, (width) => {
-    const places = what.values.map((value, index) => ({value, knob: index})).filter(({value}) => value !== null);
-    return dots(along(places.map(({knob}) => ({knob})), null, (place) => what.values[place.knob]), width,
-      {words: valueOf, line: (pointAt({...now, knob: 0}) || {token_latency_s: null}).token_latency_s});
+    const own = what.budgets[now.budget].knobs[what.knob];
+    const valueAt = (place) => (place.knob ? what.values[place.knob] : own);
+    const places = what.values.map((_, index) => ({knob: index})).filter((place) => place.knob || (isNumber(own) && !what.values.includes(own)));
+    const points = along(places, valueAt);
+    if (points.every((point) => point.y === null)) return el("p", {class: "soft small"}, name(`${points[0].text}.`));
+    const planned = pointAt({...now, knob: 0});
+    return dots(points, width, {words: valueOf, line: planned ? planned.token_latency_s : null});
   });
   const part = el("div", {class: "control"}, el("label", {for: "knob"}, name(what.knob), el("span", {class: "soft"}, ` — ${what.knob_help}`)),
     choice, chart);
