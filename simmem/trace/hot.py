@@ -67,14 +67,15 @@ def hot_table(trace: Trace, tokens: Ints) -> HotTable:
     for uses, units in _by_count(planes, every):
         classes[np.flatnonzero(floors <= uses)[0]] |= units
     sizes = np.array([count(units) for units in classes]).T
-    uses = sum((np.array([count(units & plane) for units in classes]).T << place for place, plane in enumerate(planes)),
-               np.zeros_like(sizes))
-    return HotTable(uses / np.maximum(sizes, 1) / len(profile), sizes, _used_of(classes, sizes, words, tokens),
+    added = np.zeros_like(sizes)
+    for place, plane in enumerate(planes):
+        added += np.array([count(units & plane) for units in classes]).T << place
+    return HotTable(added / np.maximum(sizes, 1) / len(profile), sizes, _used_of(classes, sizes, words, tokens),
                     len(profile))
 
 
 def _added(sets: Sequence[Words]) -> list[Words]:
-    """How many of the sets hold each unit, as a binary number for each: one set for each of its places, lowest first."""
+    """How many of the sets hold each unit, as a binary number: one set for each of its places, lowest first."""
     planes: list[Words] = []
     for carry in sets:
         for place, plane in enumerate(planes):

@@ -187,8 +187,7 @@ def _policies(policy: object, knobs: object, label: str) -> tuple[tuple[str, ...
         return None, held
     given = dict(policy) if isinstance(policy, Mapping) else {"policy": policy}
     axis = validate(PolicyAxis, given, file=_NAME)
-    _, asked = axis.label_and_question()
-    return asked["policies"], {**held, **axis.knobs}
+    return None if axis.policy == ("any",) else axis.policy, {**held, **axis.knobs}
 
 
 # --- answers become rows -------------------------------------------------------------------------------------------
