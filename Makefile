@@ -50,11 +50,12 @@ $(VENV)/.everything: pyproject.toml constraints.txt | $(BIN)/python
 plan: $(VENV)/.runtime
 	@$(BIN)/simmem $(PLAN)
 
+# One process a core; what one has left, another takes over.
 test: $(VENV)/.everything
-	@$(BIN)/python -m pytest --quiet -m "not slow"
+	@$(BIN)/python -m pytest --quiet -m "not slow" --numprocesses logical --dist worksteal
 
 test-all: $(VENV)/.everything
-	@$(BIN)/python -m pytest --quiet --hypothesis-profile=thorough
+	@$(BIN)/python -m pytest --quiet --hypothesis-profile=thorough --numprocesses logical --dist worksteal
 
 check: $(VENV)/.everything
 	@$(BIN)/ruff check

@@ -16,6 +16,9 @@ from hypothesis import HealthCheck, settings
 
 # Commands run inside this process: bound to one core by the first of them, it would bind all that it starts.
 os.environ.setdefault("OMP_PROC_BIND", "false")
+# Several test processes share the cores (pytest-xdist): threads of all of them would wait for each other, spinning.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # No deadline: the machines that run this are shared. The first example pays for lazy imports.
 _COMMON = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])

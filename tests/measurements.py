@@ -63,7 +63,7 @@ def measurements(noise: float = 0.03, seed: int = 0, *, surface: Surface = SURFA
             readers = min(n, 32)
             steady = n * size / float(surface.throughput(size, readers))
             add("batch-read", steady + readers * READER_S + BATCH_S, n_bytes=n * size, requests=n, size_bytes=size,
-                depth=readers, how="direct", pause_s=3e-3)
+                depth=readers, how="direct", behind_bytes=64 << 20)
     add("storage-sustained", (4 << 20) / 2.1e9, n_bytes=4 << 20, size_bytes=4 << 20, depth=4, how="direct",
         pattern="sequential")
     return Measurements(

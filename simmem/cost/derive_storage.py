@@ -104,12 +104,12 @@ def storage_figures(trusted: Sequence[Judged], judged: Sequence[Judged], notes: 
 
 
 def _batch(reads: Sequence[Judged], fit: SurfaceFit) -> list[MeasuredFigure]:
-    """What waking a reader takes, and a batch beside it, from batches behind a pause:
+    """What waking a reader takes, and a batch beside it, from batches behind a product:
 
         t = n · read_seconds(s, q) + q · reader_time + batch_time
 
     of n reads by q readers, by least squares in the logarithm; ranges are those of the fits without each of the batches
-    in turn. Behind a pause times scatter by nature: they count however noisy they are.
+    in turn. Such times scatter by nature: they count however noisy they are.
     """
     some = [(p, j) for p, j in reads if p.probe == "batch-read" and p.refused is None]
     if len(some) < _FEW_BATCHES:
@@ -137,7 +137,7 @@ def _batch(reads: Sequence[Judged], fit: SurfaceFit) -> list[MeasuredFigure]:
     kind = Kind.MEASURED if floor <= TOO_NOISY else Kind.ESTIMATED
     return [MeasuredFigure(f"link.flash.{name}", value, min(value * (1 - min(floor, 0.9)), float(others[:, i].min())),
                            max(value * (1 + floor), float(others[:, i].max())), kind,
-                           f"{len(some)} kinds of batches behind a pause", sum(j.n for _, j in some), floor)
+                           f"{len(some)} kinds of batches behind other work", sum(j.n for _, j in some), floor)
             for i, (name, value) in enumerate(zip(("reader_time", "batch_time"), values, strict=True))
             if value > _NOTHING_S]
 

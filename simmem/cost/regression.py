@@ -255,8 +255,10 @@ def _floors(points: Points, every: Sequence[Points]) -> tuple[float, float | Non
 
 def _candidates(points: Points) -> list[Term]:
     """Terms that least squares may choose from."""
-    # What is copied row by row has a launch for each, which a plan does not count: they are rows.
-    names = ["weights", "rows", "row_starts"] + (["launches"] if points.kind != "upkeep" else [])
+    names = ["weights", "rows", "row_starts"]
+    # What was copied row by row (upkeep, in older records) has a launch for each, which a plan does not count.
+    if points.kind != "upkeep" or np.ptp(np.asarray(points.work.launches)) == 0.0:
+        names.append("launches")
     terms = [Term.model_validate({"feature": n, "coefficient": 0.0}) for n in names]
     terms += [Term(feature="far_weights", coefficient=0.0, above_bytes=float(far)) for far in _FAR]
     if points.kind in PRODUCTS:

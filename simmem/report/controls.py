@@ -1,12 +1,13 @@
 """Were the drive and the processor, while plans were run, those that they were predicted for?
 
 A machine that others share is another one some minutes later. So plain reads and one product are timed right before and
-right after every run of a plan, and its prediction is judged for the machine that these controls found.
+right after every run of a plan, and its prediction is judged for the machine that these controls found. A drive changes
+within seconds, so plans that read layer by layer, and nothing ahead, have plain reads timed behind each token too.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from numpy.typing import NDArray
 from simmem.cost.roofline import durations, storage_seconds_per_request
 from simmem.planner.predict import token_seconds
 from simmem.policy.layers import STREAM_CHUNK_BYTES
-from simmem.runtime.execute.drive import Reads, plain_reads
+from simmem.runtime.execute.drive import Reads, batch_reads, plain_reads
 from simmem.runtime.execute.layout import whole_blocks
 from simmem.runtime.execute.product import ProductControl
 from simmem.runtime.execute.rounds import Condition, Repeats
@@ -50,6 +51,10 @@ class Controls:
                        for task, real in tasks]
         self.read_s: list[list[list[float]]] = [[] for _ in tasks]
         """Of each plan and look, samples of the seconds per plain read; () where it reads nothing. [s]"""
+        self.between_s: list[list[list[float]]] = [[] for _ in tasks]
+        """Of each plan and run, seconds per plain read behind each token; () where it reads ahead. [s]"""
+        self.batches_s: list[list[list[float]]] = [[] for _ in tasks]
+        """Of each plan and run, seconds of a token's batches read plainly, behind each token. [s]"""
         self.product_s: list[list[float]] = [[] for _ in tasks]
         """Of each plan and look, seconds per product. [s]"""
 
@@ -57,22 +62,41 @@ class Controls:
         """Time what stands for the plan `index` once."""
         read = self._reads[index]
         if read is not None:
+            if len(self.read_s[index]) % _LOOKS == 0:  # a run begins
+                self.between_s[index].append([])
+                self.batches_s[index].append([])
             self.read_s[index].append(plain_reads(self._file, read))
         self.product_s[index].append(self._product.seconds())
+
+    def between(self, index: int) -> Callable[[], None] | None:
+        """What is called behind each token of a plan; None where a read of its own would be in flight, or none is."""
+        task, read = self._tasks[index], self._reads[index]
+        if read is None or task.by_neuron or task.prefetch or len(task.hops) > 1:
+            return None
+
+        def look() -> None:
+            self.between_s[index][-1].append(float(np.mean(plain_reads(self._file, read, samples=2))))
+            self.batches_s[index][-1].append(
+                batch_reads(self._file, task.streamed, int(STREAM_CHUNK_BYTES), task.depth))
+
+        return look
 
     def raw(self, index: int) -> dict[str, object]:
         """All looks of a plan."""
         read = self._reads[index]
         found: dict[str, object] = {"product_s": self.product_s[index]}
         return found if read is None else {**found, "size_bytes": read[0], "depth": read[1],
-                                           "read_s": self.read_s[index]}
+                                           "read_s": self.read_s[index], "between_s": self.between_s[index],
+                                           "batches_s": self.batches_s[index]}
 
     def conditions(self, index: int, repeats: Repeats) -> dict[str, Condition]:
         """Of a plan: how fast drive and products were beside their calibration, and it beside plain reads.
 
-        Medians over the rounds; of a streaming plan the last compares bytes over the time that its reads took.
+        Medians over the rounds. The rates of a streaming plan compare bytes over the time that its reads took: token by
+        token with plain reads before and behind each, or run by run where it reads ahead. Plain reads never stop;
+        plain batches begin and end as those of its layers do.
         """
-        task, n = self._tasks[index], len(repeats.runs)
+        n = len(repeats.runs)
         if not self.product_s[index]:
             return {}
         found: dict[str, Condition] = {
@@ -80,12 +104,8 @@ class Controls:
         drive, read = self._drive(index), self._reads[index]
         if drive is not None and read is not None:
             found["drive_over_calibrated"] = float(np.median(drive[:n]))
-            if not task.by_neuron and len(task.hops) == 1:
-                flash = np.array([phase_seconds(run.timelines)["flash"] for run in repeats.runs])
-                moved = np.array([float(np.mean(run.counted.moved_bytes)) for run in repeats.runs])
-                if (flash > 0).all():
-                    plain = read[0] / _per_run([float(np.median(s)) for s in self.read_s[index]])[:n]
-                    found["rate_over_plain_reads"] = float(np.median(moved / flash / plain))
+            rates = self._rates(index, repeats)
+            found |= {name: float(np.median(values)) for name, values in rates.items()}
         return found
 
     def error(self, index: int, predicted_s: float, repeats: Repeats) -> float | None:
@@ -106,6 +126,25 @@ class Controls:
             expected.append(predicted_s * token_seconds(candidate, task.rows[rows], changes) / base)
         return error_by_repeat(expected, [run.token_s for run in repeats.runs])
 
+    def _rates(self, index: int, repeats: Repeats) -> dict[str, Array]:
+        """Rate of a plan's own reads over that of plain ones, a figure a token, or a run; {} for one of neurons."""
+        task, read, runs = self._tasks[index], self._reads[index], repeats.runs
+        if read is None or task.by_neuron or len(task.hops) > 1:
+            return {}
+        if self.between(index) is not None:
+            own = np.array([[phase_seconds([line])["flash"] for line in run.timelines] for run in runs])
+            moved = np.array([run.counted.moved_bytes for run in runs], np.float64)
+            plain, batches = (np.array([looks[task.lead - 1:] for looks in found[:len(runs)]])
+                              for found in (self.between_s[index], self.batches_s[index]))
+            found = {"rate_over_plain_reads": np.sqrt(plain[:, :-1] * plain[:, 1:]) / read[0] * moved / own,
+                     "rate_over_plain_batches": np.sqrt(batches[:, :-1] * batches[:, 1:]) / own}
+        else:
+            own = np.array([phase_seconds(run.timelines)["flash"] for run in runs])
+            moved = np.array([float(np.mean(run.counted.moved_bytes)) for run in runs])
+            looks = _per_run([float(np.median(s)) for s in self.read_s[index]])[:len(runs)]
+            found = {"rate_over_plain_reads": looks / read[0] * moved / own}
+        return found if (own > 0).all() else {}
+
     def _products(self, index: int) -> Array:
         """Rate of products over the calibrated one, a figure a run."""
         task = self._tasks[index]
@@ -118,7 +157,11 @@ class Controls:
             return None
         link = self._tasks[index].candidate.context.storage_link[1]
         calibrated = float(storage_seconds_per_request(link, read[0], read[1]))
-        return calibrated / _per_run([float(np.median(samples)) for samples in self.read_s[index]])
+        found = _per_run([float(np.median(samples)) for samples in self.read_s[index]])
+        for run, looks in enumerate(self.between_s[index][:len(found)]):
+            if looks:
+                found[run] = float(np.mean(looks))
+        return calibrated / found
 
 
 def _per_run(looks: Sequence[float]) -> Array:

@@ -198,7 +198,8 @@ def _run(asked: Ladder, plans: Sequence[_Plan], folder: Path, file: Path, end_s:
             _write_samples(asked.record, _samples(plans, so_far, controls))
 
     found = run_rounds(ready, Rounds(budget_s=end_s - time.monotonic(), extra=[p.step.extra for p in plans],
-                                     before=begin, beside=controls.look, after=keep))
+                                     before=begin, beside=controls.look,
+                                     between=controls.between, after=keep))
     left_out = {p.step.id: r.stopped for p, r in zip(plans, found, strict=True) if r.stopped is not None}
     whole = [(p, r) for p, r in zip(plans, found, strict=True) if r.stopped is None]
     if not whole:
@@ -355,7 +356,7 @@ def _samples(plans: Sequence[_Plan], found: Sequence[Repeats], controls: Control
 def _write_samples(folder: Path, samples: Mapping[str, Any]) -> None:
     """Raw samples, after every round: what ends a run later does not take them along."""
     write_text(folder / "samples.json", json.dumps({
-        "unit": "s, one list of tokens a round; controls before and after each", **samples}) + "\n")
+        "unit": "s, one list of tokens a round; controls before and after each, and behind tokens", **samples}) + "\n")
 
 
 def _write_result(folder: Path, result: Validation) -> None:

@@ -46,10 +46,16 @@ def test_a_slower_machine_is_no_wrong_prediction(tmp_path: Path, monkeypatch: py
     looks = [(p, d) for p, d in zip(PRODUCTS, DRIVE, strict=True) for _ in range(2)]
     now = [1.0, 1.0]
     monkeypatch.setattr(ProductControl, "seconds", lambda _: expected / now[0])
-    monkeypatch.setattr(controls, "plain_reads", lambda _file, _read: [plain / now[1]])
-    for look in looks:
+    monkeypatch.setattr(controls, "plain_reads", lambda _file, _read, samples=5: [plain / now[1]] * samples)
+    monkeypatch.setattr(controls, "batch_reads",
+                        lambda _file, amounts, _chunk, _depth: sum(amounts) / read[0] * plain / now[1])
+    for number, look in enumerate(looks):
         now[:] = look
         found.look(0)
+        between = found.between(0)
+        for _ in range((task.lead + task.n_tokens) * (number % 2 == 0)):
+            assert between is not None
+            between()
     repeats = Repeats(runs=[run_at(task, p, d) for p, d in zip(PRODUCTS, DRIVE, strict=True)])
     predicted = float(np.median([t.token_s for t in timelines(task.candidate, task.rows)]))
     measured = np.median([np.median(run.token_s) for run in repeats.runs])
@@ -58,7 +64,10 @@ def test_a_slower_machine_is_no_wrong_prediction(tmp_path: Path, monkeypatch: py
     said = found.conditions(0, repeats)
     assert said["products_over_calibrated"] == pytest.approx(np.median(PRODUCTS))
     assert said["drive_over_calibrated"] == pytest.approx(np.median(DRIVE))
-    assert found.raw(0)["read_s"] == [[plain / d] for _, d in looks]
+    assert said["rate_over_plain_batches"] == pytest.approx(said["rate_over_plain_reads"])
+    assert said["rate_over_plain_reads"] == pytest.approx(1.0, abs=0.01)
+    assert found.raw(0)["between_s"] == [[pytest.approx(plain / d)] * (task.lead + task.n_tokens) for d in DRIVE]
+    assert found.raw(0)["read_s"] == [[plain / d] * 5 for _, d in looks]
 
 
 def test_a_wrong_prediction_stays_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -335,7 +335,7 @@ def test_a_plan_that_breaks_ends_alone_and_what_takes_too_long_is_dropped(
     ready = write_files([(t, How()) for t in tasks], tmp_path)
     run, seen = Session.run, list[list[str | None]]()
 
-    def broken(self: Session) -> Run:
+    def broken(self: Session, between: object = None) -> Run:
         if self.task is tasks[0]:
             raise MachineError("the drive is gone")
         return run(self)

@@ -80,13 +80,13 @@ def test_gates() -> None:
     found = gates([row(1.09, 1.0, storage="emulated")])
     assert (found["MAPE, emulated storage"], found["p90 of |error|, emulated storage"]) == ("fail", "pass")
     assert found["regret"] == found["Kendall tau-b"] == "unknown", "one row ranks nothing and was not chosen"
-    assert gates([row(1.0, 1.3) for _ in range(3)])["coverage of 90 % intervals"] == "fail"
+    assert gates([row(1.0, 1.3) for _ in range(3)])["coverage of 90 % intervals, real storage"] == "fail"
 
 
 def test_intervals_that_hold_everything_fail_only_where_chance_would_not_do_it() -> None:
     few, many = [row(1.0, 1.0)] * 33, [row(1.0, 1.0)] * 34
-    assert gates(few)["coverage of 90 % intervals"] == "pass"
-    assert gates(many)["coverage of 90 % intervals"] == "fail"
+    assert gates(few)["coverage of 90 % intervals, real storage"] == "pass"
+    assert gates(many)["coverage of 90 % intervals, real storage"] == "fail"
     assert math.ceil(1 / (1 - 0.97)) == len(many)
 
 
@@ -104,12 +104,12 @@ def test_steps_are_told_as_shares_of_naive_loading() -> None:
             update={"id": f"a/{name}", "phases": [reading], "model": model})
 
     for model, published in (("opt-6.7b", 0.087 / 2.196), ("opt-1.3b", None)):
-        naive = step("naive", 2.0, 4.0, model).model_copy(update={"conditions": {"rate_over_plain_reads": 0.5}})
+        naive = step("naive", 2.0, 4.0, model).model_copy(update={"conditions": {"rate_over_plain_batches": 0.5}})
         rows = [naive, step("bundled", 0.5, 0.8, model), step("merged", 0.1, 0.1, model)]
         (found,) = step_ratios(rows)
         assert (found.step, found.predicted, found.published, found.conclusive) == ("bundled", 0.25, published, True)
         assert (found.measured, found.error) == (pytest.approx(0.2), pytest.approx(0.25))
-        assert gates(rows)["storage rate of naive loading over that of plain reads"] == "fail", "half of it"
+        assert gates(rows)["storage rate of naive loading over that of plain batches"] == "fail", "half of it"
         gate = gates(rows).get("largest error of a published step's I/O ratio")
         assert gate == (None if published is None else "fail")
     noisy = [step("naive", 2.0, 4.0, "opt-6.7b", "inconclusive"), step("bundled", 0.5, 0.8, "opt-6.7b")]

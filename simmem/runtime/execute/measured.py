@@ -68,6 +68,13 @@ class Clock:
         yield
         self.times[token, "step", layer] = (began, time.perf_counter())
 
+    @contextmanager
+    def pause(self, token: int) -> Iterator[None]:
+        """What the block takes, behind a token, is no token's time."""
+        began = time.perf_counter()
+        yield
+        self.times[token, "pause", 0] = (began, time.perf_counter())
+
     def note(self, key: Key, events: tuple[Any, Any]) -> None:
         """Take the times of an op from a GPU's events."""
         self._events[key] = events
@@ -121,8 +128,9 @@ def timeline_of(column: Schedule, times: Mapping[Key, tuple[float, float]], toke
 
 
 def _end_of(times: Mapping[Key, tuple[float, float]], token: int) -> float | None:
-    """When a token of the run ended: its last step, or else its output projection."""
-    ends = [span[1] for (number, name, _), span in times.items() if number == token and name in ("step", "head")]
+    """When a token of the run ended: a pause behind it, its last step, or else its output projection."""
+    ends = [span[1] for (number, name, _), span in times.items()
+            if number == token and name in ("pause", "step", "head")]
     return max(ends, default=None)
 
 

@@ -65,6 +65,8 @@ class Rounds:
     """Called with the number of a round that begins."""
     beside: Callable[[int], None] = lambda _: None
     """Called with the place of a plan right before and right after it is run."""
+    between: Callable[[int], Callable[[], None] | None] = lambda _: None
+    """Of the place of a plan: what is called behind each of its tokens, on no token's time."""
     after: Callable[[Sequence[Repeats]], None] = lambda _: None
     """Called after each round with what there is."""
 
@@ -139,7 +141,7 @@ def run_rounds(tasks: Sequence[tuple[Task, How]], rounds: Rounds) -> list[Repeat
             try:
                 rounds.beside(index)
                 with open_session(*tasks[index]) as session:
-                    mine.runs.append(session.run())
+                    mine.runs.append(session.run(rounds.between(index)))
                     mine.conditions |= session.conditions()
                 rounds.beside(index)
             except MachineError as error:

@@ -90,8 +90,10 @@ class Session:
     driven_s: float = 0.0
     """Spent on running tokens so far. [s]"""
 
-    def run(self) -> Run:
+    def run(self, between: Callable[[], None] | None = None) -> Run:
         """Run all tokens once, from the same state every time, over a context of the plan's mean length.
+
+        between : called behind every token; what it takes is not counted. Not for plans that read ahead of a token.
 
         Raises
         ------
@@ -104,7 +106,7 @@ class Session:
         decoder = self.decoder(seen, rotary=None if a.learned_position_rows else rotary_tables(seen, a.d_head))
         for kept in (decoder.keys, decoder.values):  # whatever the context says, it has to be read
             kept.normal_()
-        engine = self.drive(decoder, n, position=seen - 1)
+        engine = self.drive(decoder, n, position=seen - 1, between=between)
         name = f"{self.how.storage} storage, torch on {self.device}"
         lines = [timeline_of(task.column(number), engine.clock.times, number, name) for number in range(task.lead, n)]
         c, measured = engine.counted, slice(task.lead, n)
@@ -134,7 +136,8 @@ class Session:
                        epsilon=epsilon, position_offset=position_offset)
 
     def drive(self, decoder: Decoder, n: int, *, ids: NDArray[np.int64] | None = None, position: int | None = None,
-              exact: bool = False, after: Callable[[int], None] = lambda _: None) -> Engine:
+              exact: bool = False, after: Callable[[int], None] = lambda _: None,
+              between: Callable[[], None] | None = None) -> Engine:
         """Run n tokens; returns the engine with its counts and times.
 
         Parameters
@@ -142,6 +145,7 @@ class Session:
         ids : the tokens; None: each the likeliest after the one before.
         position : of every token; None: 0, 1, 2 and so on.
         after : called with the number of every token that is done.
+        between : called behind every token, on no token's time.
         """
         import torch
 
@@ -162,6 +166,9 @@ class Session:
                     with engine.clock.step(number, len(task.layout.layers)):
                         token_id = int(chosen) if following is None else following
                     after(number)
+                    if between is not None:
+                        with engine.clock.pause(number):
+                            between()
                 engine.clock.settle()
                 self.driven_s += time.perf_counter()
             if self.weights is not None:

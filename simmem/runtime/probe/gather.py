@@ -9,13 +9,18 @@ Every byte counts once for each side: read here, written there.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
 
 from simmem.runtime.probe.base import Case, Setting
 from simmem.runtime.probe.watched import watched
 
 __all__ = ["GATHER", "SCATTER", "UPKEEP", "cases", "gather_rows", "replace_rows", "scatter_rows"]
+
+Ints = NDArray[np.int64]
 
 GATHER, SCATTER, UPKEEP = "gather", "scatter", "upkeep"
 
@@ -42,20 +47,19 @@ def scatter_rows(rows: Any, index: Any, into: Any) -> None:
     into.index_copy_(0, index, rows)
 
 
-def replace_rows(table: Sequence[Any], holes: Sequence[int], tail: int, new: Sequence[Any]) -> None:
-    """Delete the rows `holes` of a compact table and append as many new ones: two row copies a hole, in place.
+def replace_rows(table: Any, whole: NDArray[np.void], holes: Ints, tail: int, new: Any) -> None:
+    """Delete the rows `holes` of a compact table and append as many new ones: two copies, as the executor makes them.
 
     Parameters
     ----------
-    table : its rows, (width,) each.
-    holes : rows to delete, below `tail`.
-    tail : the last len(holes) rows in use begin here; they move into the holes, and the new ones take their place.
-    new : rows to append.
+    table : (rows, width)
+    whole : its rows, each one element, (rows,): numpy moves those in half of torch's time.
+    holes : rows to delete, below `tail`, (n,).
+    tail : the last n rows in use begin here; they move into the holes, and the new ones take their place.
+    new : rows to append, (n, width).
     """
-    for k, hole in enumerate(holes):
-        table[hole].copy_(table[tail + k])
-    for k, row in enumerate(new):
-        table[tail + k].copy_(row)
+    whole[holes] = whole[tail + np.arange(len(holes))]
+    table[tail:tail + len(holes)].copy_(new)
 
 
 class _Table:
@@ -91,7 +95,7 @@ class _Table:
 
 
 def cases(setting: Setting) -> list[Case]:
-    """Gathers and scatters over row sizes and numbers of rows, and row-by-row upkeep, on the CPU."""
+    """Gathers and scatters over row sizes and numbers of rows, and upkeep of a table, on the CPU."""
     table = _Table(setting)
     if not table.fits:
         return []
@@ -117,7 +121,7 @@ def _case(probe: str, table: _Table, n: int, row_bytes: int, dtype: str, threads
     sides = 4 if probe == UPKEEP else 2
     return Case(probe, {"agent": "cpu", "rows": n, "row_bytes": row_bytes, "dtype": dtype, "threads": threads,
                         "level": "dram", "working_set_bytes": table.size_bytes},
-                setup, bytes=float(sides * n * row_bytes), requests=2.0 * n if probe == UPKEEP else 1.0,
+                setup, bytes=float(sides * n * row_bytes), requests=2.0 if probe == UPKEEP else 1.0,
                 priority=5, refuse=refuse)
 
 
@@ -140,15 +144,16 @@ def _scatter(table: _Table, n: int, row_bytes: int, dtype: str) -> Callable[[], 
 
 
 def _upkeep(table: _Table, n: int, row_bytes: int, dtype: str) -> Callable[[], None]:
-    whole, order = table.rows(row_bytes, dtype), table.order(row_bytes)
-    rows, half = whole.unbind(0), len(whole) // 2
-    new = whole[:n].clone().unbind(0)
-    holes = order[order < half].tolist()
+    import torch
+
+    rows, order = table.rows(row_bytes, dtype), table.order(row_bytes)
+    whole, half = rows.view(torch.uint8).numpy().view(f"V{row_bytes}")[:, 0], len(rows) // 2
+    new, holes = rows[:n].clone(), order[order < half].numpy()
     at = 0
 
     def step() -> None:
         nonlocal at
         at = at + n if at + 2 * n <= min(len(holes), half) else 0
-        replace_rows(rows, holes[at:at + n], half + at, new)
+        replace_rows(rows, whole, np.sort(holes[at:at + n]), half + at, new)
 
     return step
