@@ -26,7 +26,8 @@ def test_each_is_in_the_list() -> None:
 def test_it_runs_and_shows_its_pictures(source: Path, tmp_path: Path) -> None:
     notebook = tmp_path / f"{source.stem}.ipynb"
     jupytext.write(jupytext.read(source), notebook)
-    run = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+    own = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}  # not of this session
+    run = {**own, "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
            "JUPYTER_PREFER_ENV_PATH": "1", "JUPYTER_PLATFORM_DIRS": "1", "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-m", "pytest", "--nbmake", "--overwrite", "-q", "-p", "no:cacheprovider",
                            "--nbmake-timeout=300", str(notebook)], cwd=tmp_path, env=run, capture_output=True,
