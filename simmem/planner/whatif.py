@@ -34,6 +34,8 @@ Array = NDArray[np.float64]
 
 BUDGETS = (0.25, 0.5, 0.75, 1.0, 1.25, 1.5, 2.0)
 """Shares of a tier's budget that are planned for."""
+BUDGETS_OF_TWO = (0.5, 0.75, 1.0, 1.5, 2.0)
+"""The same where there are two tiers."""
 FACTORS = (0.5, 0.75, 1.0, 1.5, 2.0, 4.0)
 """What a link's bandwidth is multiplied with, its latency divided by."""
 KNOB_VALUES = 6
@@ -109,7 +111,7 @@ def what_if(plan: Plan, *, file: str | None = None) -> tuple[Candidate, WhatIf]:
     limit = SHARED_ROWS if shared else SCORING_ROWS
     chosen = [("", dict(base.context.budget_bytes), base, ()), *(
         (tier, budget, *_planned(question, budget, plan.workload.weights))
-        for tier, budget in _budgets(base, SHARED_BUDGETS if shared else BUDGETS))]
+        for tier, budget in _budgets(base, shared))]
     candidates = [c for _, _, c, _ in chosen if c is not None]
     link = _link(candidates, limit)
     knob = next((k for k in base.policy.knobs(base.context) if k.kind == "demand" and _is_number(k.values[0])), None)
@@ -154,10 +156,11 @@ def _is_answer(base: Candidate, found: Candidate | None) -> bool:
     return abs(event_seconds(found, SCORING_ROWS) / event_seconds(base, SCORING_ROWS) - 1.0) < SAME
 
 
-def _budgets(base: Candidate, shares: Sequence[float]) -> list[tuple[str, dict[str, float]]]:
+def _budgets(base: Candidate, shared: bool) -> list[tuple[str, dict[str, float]]]:
     """Other budgets of the memory that is computed out of, and of the one that storage is read into."""
     context = base.context
     tiers = dict.fromkeys((context.memory_of(str(base.block.structural["agent"])), context.device.host))
+    shares = SHARED_BUDGETS if shared else BUDGETS if len(tiers) == 1 else BUDGETS_OF_TWO
     return [(tier, {**context.budget_bytes, tier: float(math.floor(context.budget_bytes[tier] * share))})
             for tier in tiers for share in shares if share != 1.0]
 
