@@ -33,7 +33,6 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from simmem.errors import SimmemError
 from simmem.planner.candidate import Candidate
-from simmem.planner.predict import timelines
 from simmem.planner.question import ask
 from simmem.planner.ranking import event_seconds
 from simmem.report.calibration import calibrate_device
@@ -98,7 +97,7 @@ def plans_of(device: str, model: str, agent: str, weights: str) -> Iterator[Plan
             say(f"{model}/{rung.name}: does not fit, or there is no trace to plan it with")
             continue
         task = task_of(candidate, int(np.clip(PASS_S / event_seconds(candidate, 4), *TOKENS)))
-        yield Plan(f"{model}/{rung.name}", group, candidate, task, timelines(candidate, task.rows))
+        yield Plan(f"{model}/{rung.name}", group, candidate, task, task.predicted())
 
 
 def how_to(plan: Plan, device: str) -> How:

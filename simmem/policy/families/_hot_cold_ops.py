@@ -109,7 +109,8 @@ def _attention(ops: Ops, parts: Parts, layer: int, last: int | None, used: float
                    deps=[cold, *known], layer=layer)
     here = ops.op(ops.attention(parts.gpu, ops.n_tokens, flop * seen_near, seen * seen_near), deps=[projected],
                   layer=layer)
-    got = ops.chain(ops.move("attention output", vector * crossing, back), deps=[there], layer=layer)
+    # What the cold heads add up to, and what the hot ones saw of the context, for their output projection to multiply.
+    got = ops.chain(ops.move("attention output", vector * (cold_heads + handed), back), deps=[there], layer=layer)
     return ops.op(ops.join(parts.gpu, ops.n_tokens, crossing), deps=[here, *got], layer=layer)
 
 

@@ -48,6 +48,14 @@ class Counted:
     """(tokens, layers) units that the FFN multiplied."""
     moved_bytes: Ints
     """(tokens,) over all links. [B]"""
+    rows_beside: Ints | None = None
+    """(tokens, layers) units that a second unit multiplied beside it; None where there is none."""
+
+    def of(self, tokens: slice) -> Counted:
+        """The same of some tokens."""
+        beside = None if self.rows_beside is None else self.rows_beside[tokens]
+        return Counted(*(kept[tokens] for kept in (self.requests, self.read_bytes, self.new_units, self.rows,
+                                                   self.moved_bytes)), beside)
 
 
 @dataclass(frozen=True)
