@@ -53,9 +53,8 @@ class Counted:
 
     def of(self, tokens: slice) -> Counted:
         """The same of some tokens."""
-        beside = None if self.rows_beside is None else self.rows_beside[tokens]
-        return Counted(*(kept[tokens] for kept in (self.requests, self.read_bytes, self.new_units, self.rows,
-                                                   self.moved_bytes)), beside)
+        return Counted(self.requests[tokens], self.read_bytes[tokens], self.new_units[tokens], self.rows[tokens],
+                       self.moved_bytes[tokens], None if self.rows_beside is None else self.rows_beside[tokens])
 
 
 @dataclass(frozen=True)

@@ -124,7 +124,7 @@ class Session:
             "checked": self.how.check}
         if self.device.type == "cuda":
             found["gpu"] = torch.cuda.get_device_name(self.device)
-        if isinstance(self.store, EmulatedStore):
+        if isinstance(self.store, EmulatedStore) and self.store.copy_bytes_per_s:
             found["emulation_copy_bytes_per_s"] = self.store.copy_bytes_per_s
             found["emulation_cpu_share"] = self.store.busy_s / max(self.driven_s, 1e-9)
             found["emulation_late_reads"] = self.store.late
@@ -231,7 +231,8 @@ def open_session(task: Task, how: How) -> Iterator[Session]:
             slots = task.layout.units
             store = stack.enter_context(EmulatedStore(
                 link, task.depth, _image(task.layout, source),
-                slots.slot_bytes if slots else min(int(STREAM_CHUNK_BYTES), task.layout.head.n_bytes)))
+                slots.slot_bytes if slots else min(int(STREAM_CHUNK_BYTES), task.layout.head.n_bytes),
+                timed=not isinstance(task, HotTask)))  # those hold all they use before the first token
         else:
             weights = stack.enter_context(weight_file(task.layout, source, file=how.file, scratch=how.scratch,
                                                       check=how.check, say=how.say))
