@@ -46,11 +46,11 @@ def test_two_units_with_the_processor_as_both(script: ModuleType, tmp_path: Path
     """Of a machine with a GPU: what it would multiply beside its processor, multiplied here."""
     out = tmp_path / "out"
     monkeypatch.setattr(script, "TOKENS", (3, 3))
+    monkeypatch.setattr(script, "NEAR", ((0.5, "with-heads"),))
     asked = ["--out", str(out), "--device", "cpu", "--with", "t4-cloud", "--model", "opt-125m", "--group", "hot-cold",
              "--scratch", str(tmp_path), "--budget", "1"]
     assert script.main(asked) == 0
     report, rows = (json.loads((out / name).read_text()) for name in ("report.json", "rows.json"))
     assert report["groups"]["bytes_exact"]
-    assert [(r["policy"], r["knobs"]["kv_cache"]) for r in rows] == [
-        ("hot-cold", "host"), ("hot-cold", "host"), ("hot-cold", "with-heads")]
+    assert [(r["policy"], r["knobs"]["kv_cache"]) for r in rows] == [("hot-cold", "with-heads")]
     assert all(r["bytes"]["measured"] > 0 for r in rows)
