@@ -1,4 +1,4 @@
-"""How well are plans predicted that compute on this CUDA GPU: resident, out of host memory, off the drive?
+"""How well are plans predicted that compute on this CUDA GPU: resident, out of host memory, off the drive, hot/cold?
 
     python validate/gpu_runs.py --out DIR
 
@@ -7,10 +7,13 @@ In ten minutes at most: calibrates host and GPU for a fifth of it, writes every 
 DIR/rows.json (rows as of `simmem run --json`), DIR/samples.json (every token), DIR/device.toml with its measurements,
 and DIR/report.json: errors of each group beside what must hold. Needs torch built for CUDA, a folder on a drive with
 30 GB free (`--scratch`), and what `pip install "simmem[fit]"` brings. A model or plan that fails says so and the next
-goes on, so that a borrowed GPU is not borrowed in vain.
+goes on, so that a borrowed GPU is not borrowed in vain. `--group` runs some kinds of plans only.
+
+Hot/cold plans (group hot-cold) have the GPU and the processor multiply side by side, at bf16: torch multiplies fp16 on
+a processor at a fiftieth of the rate. Their limit is that of DRAM offload.
 
 `--device cpu` computes on the processor, without plans that need a GPU's memory: that proves the script; its figures
-mean nothing.
+mean nothing. With a device that has a GPU (`--with t4-cloud`), hot/cold plans are run too, the processor in its place.
 """
 
 from __future__ import annotations
@@ -22,7 +25,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,9 +36,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from simmem.errors import SimmemError
 from simmem.planner.candidate import Candidate
-from simmem.planner.predict import timelines
 from simmem.planner.question import ask
 from simmem.planner.ranking import event_seconds
+from simmem.policy.base import policy_named
 from simmem.report.calibration import calibrate_device
 from simmem.runtime.execute.rounds import Repeats, Rounds, run_rounds, write_files
 from simmem.runtime.execute.session import How
@@ -45,11 +48,14 @@ from simmem.sim.timeline import Timeline
 from simmem.validation.ladder import POLICIES, Cell, Rung, fit_rung
 from simmem.validation.runs import RunRow, run_row
 
+HOT = "hot-cold"
 TOTAL_S, CALIBRATION_SHARE = 540.0, 0.2
 PASS_S, TOKENS = 1.5, (6, 32)
-LIMITS = {"resident": 0.07, "dram": 0.10, "flash": 0.15}
+LIMITS = {"resident": 0.07, "dram": 0.10, "flash": 0.15, "hot-cold": 0.10}
 """Median |error| that must hold of each group; its 90 % quantile: twice that."""
 MODELS = ("opt-1.3b", "opt-6.7b")
+NEAR = ((0.25, "host"), (0.75, "host"), (0.5, "with-heads"))
+"""Hot/cold plans: share of attention and neurons in the GPU's memory, and where keys and values lie."""
 
 
 @dataclass(frozen=True)
@@ -85,20 +91,36 @@ def rungs(agent: str) -> Iterator[tuple[str, Rung]]:
                         "attention_resident")
 
 
-def plans_of(device: str, model: str, agent: str, weights: str) -> Iterator[Plan]:
+def hot_rungs(cell: Cell) -> Iterator[tuple[str, Rung]]:
+    """(group, plan) with hot neurons on the fastest GPU and cold ones on the processor beside it; none without both."""
+    known = {knob.name: knob for knob in policy_named(HOT).knobs(cell.question.context(cell.weights))}
+    if not known:
+        return
+    size, agent = known["gpu_weight_bytes"], known["agent"].values[0]
+    assert size.low is not None
+    assert size.high is not None
+    for near, kv in NEAR:
+        yield HOT, Rung(f"hot-{100 * near:g}%-kv-{kv}", HOT, {
+            "agent": agent, "kv_cache": kv, "gpu_weight_bytes": size.low + near * (size.high - size.low)})
+
+
+def plans_of(device: str, model: str, agent: str, weights: str, groups: Collection[str]) -> Iterator[Plan]:
     """The plans of a model that fit this machine."""
-    question = ask(device, model, prompt=128, new_tokens=64, weights=weights, kv=weights, policy=POLICIES)
-    cell = Cell(question, weights, "real", 0.5)
-    is_apart = question.device.agent[agent].memory != question.device.host
-    for group, rung in rungs(agent):
-        if group == "dram" and not is_apart:
+    def cell_of(weights: str) -> Cell:
+        return Cell(ask(device, model, prompt=128, new_tokens=64, weights=weights, kv=weights, policy=POLICIES),
+                    weights, "real", 0.5)
+
+    plain, both = cell_of(weights), cell_of("bf16" if weights == "fp16" else weights)
+    is_apart = plain.question.device.agent[agent].memory != plain.question.device.host
+    for cell, group, rung in (*((plain, *one) for one in rungs(agent)), *((both, *one) for one in hot_rungs(both))):
+        if group not in groups or (group == "dram" and not is_apart):
             continue
         candidate = fit_rung(cell, rung)
         if candidate is None:
             say(f"{model}/{rung.name}: does not fit, or there is no trace to plan it with")
             continue
         task = task_of(candidate, int(np.clip(PASS_S / event_seconds(candidate, 4), *TOKENS)))
-        yield Plan(f"{model}/{rung.name}", group, candidate, task, timelines(candidate, task.rows))
+        yield Plan(f"{model}/{rung.name}", group, candidate, task, task.predicted())
 
 
 def how_to(plan: Plan, device: str) -> How:
@@ -138,6 +160,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--with", dest="known", default=None, help="a device to predict with; default: calibrate")
     parser.add_argument("--model", action="append", default=None, help=f"default: {', '.join(MODELS)}")
+    parser.add_argument("--group", action="append", choices=tuple(LIMITS), default=None, help="default: all")
     parser.add_argument("--scratch", type=Path, default=None, help="folder on the drive to read")
     parser.add_argument("--budget", type=float, default=TOTAL_S, help=f"seconds for all of it; default {TOTAL_S:.0f}")
     asked = parser.parse_args(arguments)
@@ -158,7 +181,7 @@ def main(arguments: list[str] | None = None) -> int:
         plans: dict[str, list[Plan]] = {}
         for model in models:
             try:
-                plans[model] = list(plans_of(device, model, agent, weights))
+                plans[model] = list(plans_of(device, model, agent, weights, asked.group or LIMITS))
             except SimmemError as error:
                 failed[model] = str(error)
         write(asked.out, "predictions.json", {

@@ -40,7 +40,6 @@ def run(
 
     import numpy as np
 
-    from simmem.planner.predict import timelines
     from simmem.planner.replan import candidate_of, read_plan
     from simmem.report.files import check_writable, write_text
     from simmem.runtime.cores import keep_cores
@@ -75,7 +74,7 @@ def run(
         how, found = compare_with_network(candidate, plan.model, how, text=text, tokens=tokens)
         exact = Exactness(tokens=found.tokens, largest_difference=found.largest_difference,
                           same_choice=found.same_choice, tolerance=found.tolerance)
-    predicted = timelines(candidate, task.rows)
+    predicted = task.predicted()
     with open_session(task, how) as session:
         runs = [session.run() for _ in range(repeat)]
         conditions = session.conditions()

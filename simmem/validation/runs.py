@@ -47,6 +47,8 @@ ROW_TOLERANCE: dict[str, float] = {"emulated": 0.15, "real": 0.24}
 drive, which other programs use too."""
 NOISE_LIMIT = 0.10
 """Above this noise floor a row says nothing."""
+STORED = ("weights", "head weights", "units", "embedding rows")
+"""What classes of moves are called whose bytes lie in storage as they are moved."""
 PHASES = ("flash", "copy", "upkeep", "predictor", "attention", "FFN", "head", "step", "wait")
 
 
@@ -165,16 +167,19 @@ def _idle_seconds(line: Timeline) -> float:
 
 
 def demanded_bytes(column: Schedule, block_bytes: float) -> float:
-    """Bytes the timed token of a plan moves over all links, each stage in whole blocks, as it lies in storage.
+    """Bytes the timed token of a plan moves over all links, weights in whole blocks, as they lie in storage.
 
-    The plan counts a streamed stage's bytes as they are: less than a block fewer for each. [B]
+    The plan counts a streamed stage's bytes as they are: less than a block fewer for each. What two units tell each
+    other lies in no storage. [B]
     """
     total = 0.0
     for op in np.flatnonzero(column.timed).tolist():
         k = int(column.op_class[op])
         link = column.classes[k].link
         if link is not None:
-            total += math.ceil(float(column.bytes[f"link.{link}"][k, 0]) / block_bytes - 1e-9) * block_bytes
+            moved = float(column.bytes[f"link.{link}"][k, 0])
+            stored = column.classes[k].name.split(".")[0] in STORED
+            total += math.ceil(moved / block_bytes - 1e-9) * block_bytes if stored else moved
     return total
 
 

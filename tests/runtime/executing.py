@@ -18,6 +18,7 @@ from tests.runtime import tiny
 
 CONTEXT = 20
 STREAM = {"agent": "cpu", "source_tier": "storage", "prefetch_layers": 0, "resident_ratio": 0.4, "reader_threads": 4}
+HOT = {"agent": "gpu", "placement": "frequency", "kv_cache": "host"}
 WINDOW = {"agent": "cpu", "prefetch_layers": 0, "bundled": True, "coalesce": False, "window_tokens": 3,
           "attention_resident": 1.0, "reader_threads": 4}
 
@@ -69,17 +70,37 @@ def drawn(model: Model, tokens: int, seed: int = 0) -> np.ndarray:
     return rng.random((tokens, a.n_layers, a.d_ff)) < 0.8 * often
 
 
-def candidate(model: Model, policy: str, knobs: dict[str, object], *, trace: Trace | None = None,
-              device: Device | None = None, weights: str = "fp32", dram: float | None = None) -> Candidate:
-    """The one candidate with these knobs."""
+def context_of(model: Model, *, trace: Trace | None = None, device: Device | None = None, weights: str = "fp32",
+               dram: float | None = None) -> Context:
+    """A short text on a device, within its memory or less of it."""
     device = device or unified()
     budget = {name: memory.budget_bytes for name, memory in device.memory.items()}
     if dram is not None:
         budget[device.host] = dram
     workload = Workload(CONTEXT // 2, CONTEXT, 1, weights, weights)
-    context = Context(device, model, workload, Replayed(trace, longest_window=4) if trace else None, budget)
-    if trace is not None:
-        knobs = {"predictor": trace.header.predictor, **knobs}
+    return Context(device, model, workload, Replayed(trace, longest_window=4) if trace else None, budget)
+
+
+def candidate(model: Model, policy: str, knobs: dict[str, object], *, trace: Trace | None = None,
+              device: Device | None = None, weights: str = "fp32", dram: float | None = None) -> Candidate:
+    """The one candidate with these knobs."""
+    return candidate_in(context_of(model, trace=trace, device=device, weights=weights, dram=dram), policy, knobs)
+
+
+def candidate_in(context: Context, policy: str, knobs: dict[str, object]) -> Candidate:
+    """The same in a context that is there."""
+    if context.trace is not None:
+        knobs = {"predictor": context.trace.header.predictor, **knobs}
     found = list(blocks(policy_named(policy), context, knobs))
     assert len(found) == 1 and found[0].n_candidates == 1
     return Candidate(context, policy_named(policy), found[0])
+
+
+def shared(model: Model, trace: Trace, near: float, *, weights: str = "fp32", **changes: object) -> Candidate:
+    """A hot-cold plan whose GPU holds a share `near` of attention and neurons."""
+    context = context_of(model, trace=trace, device=load_device("rtx4090-pc"), weights=weights)
+    size = next(k for k in policy_named("hot-cold").knobs(context) if k.name == "gpu_weight_bytes")
+    assert size.low is not None
+    assert size.high is not None
+    return candidate_in(context, "hot-cold",
+                        {**HOT, **changes, "gpu_weight_bytes": size.low + near * (size.high - size.low)})

@@ -124,7 +124,8 @@ class _Attention:
             known=ops.move("queries, keys, values", vector * (1.0 + keys) * handed, out),
             there=ops.attention(parts.host, n, flop * (1.0 - seen_near), seen * (1.0 - seen_near)),
             here=ops.attention(parts.gpu, n, flop * seen_near, seen * seen_near),
-            got=ops.move("attention output", vector * crossing, back),
+            # What the cold heads add up to, and what the hot ones saw of the context, for their output projection.
+            got=ops.move("attention output", vector * (cold_heads + handed), back),
             joined=ops.join(parts.gpu, n, crossing))
 
     def append(self, ops: Ops, layer: int, last: int | None) -> int:

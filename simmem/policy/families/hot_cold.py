@@ -8,7 +8,8 @@ by how often profile tokens used them (§6), under the GPU's capacity; here for 
 (`simmem.policy.placement`).
 
 Tokens that are timed are never those that frequencies were counted on (`simmem.trace.hot`). Within a class of equally
-frequent units the hot ones are a share: which of them they are is left open.
+frequent units the hot ones are a share while plans are compared: which of them they are is left open. A plan that is
+run takes them by number (`HotCold.hot_units`), and `HotCold.counted` then says what it multiplies, to the unit.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from simmem.policy.families._two_agents import gpu_knob, host_of, output_bytes, 
 from simmem.policy.placement import Balance, Placed, Stage
 from simmem.schedule import Schedule
 from simmem.trace.hot import HotTable
+from simmem.trace.hot_order import first_units
 from simmem.trace.trace import TraceHeader
 
 __all__ = ["HotCold"]
@@ -284,19 +286,34 @@ class HotCold:
         return {gpu: np.repeat(used[gpu] - near, n_rows), host: np.repeat(used[host] - far, n_rows)}
 
     def decode(self, context: Context, block: Block, rows: NDArray[np.int64]) -> Schedule:
+        return self._step(context, block, *self._used_rows(context, block, rows), n_rows=len(rows))
+
+    def counted(self, context: Context, block: Block, rows: NDArray[np.int64], hot: NDArray[np.bool_]) -> Schedule:
+        """The same of one candidate whose neurons `hot` (L, U) are on the GPU: whole neurons, no shares of a class."""
+        predictor = str(block.structural["predictor"])
+        replayed = context.asking(predictor, 0).replayed
+        assert replayed is not None
+        packed = np.packbits(hot, axis=1, bitorder="little")
+        active = [np.packbits(np.ones_like(hot), axis=1, bitorder="little") if predictor == "none"
+                  else replayed.trace.active[token] for token in replayed.timed[rows].tolist()]
+        near, far = (np.array([np.bitwise_count(used & side).sum(axis=1, dtype=np.int64) for used in active]).T
+                     for side in (packed, ~packed))
+        return self._step(context, block, near.astype(np.float64), far.astype(np.float64), n_rows=len(rows))
+
+    def _step(self, context: Context, block: Block, near: Array, far: Array, *, n_rows: int) -> Schedule:
+        """A decode step in which the GPU and the CPU multiply so many neurons of each layer, (n_layers, columns)."""
         split, predictor = self._split(context, block), str(block.structural["predictor"])
         known, params = context.asking(predictor, 0), 0.0
         if predictor not in ("none", "oracle"):
             assert known.trace is not None
             params = (known.trace.header.predictor_params_share * context.model.params
                       / context.model.architecture.n_layers)
-        near, far = self._used_rows(context, block, rows)
-        ops, last = decode_ops(known, self._parts(known, block, split, len(rows)), near_rows=near, far_rows=far,
+        ops, last = decode_ops(known, self._parts(known, block, split, n_rows), near_rows=near, far_rows=far,
                                heads_used=self._attention_share(context, predictor), predictor_params=params)
         last = ops.op(ops.head(ops.agents[0]), deps=[last], layer=len(near))
         for what in ops.step(ops.agents[0]):
             last = ops.op(what, deps=[last], layer=len(near))
-        return ops.build(last, self._held(context, block, split, len(rows)))
+        return ops.build(last, self._held(context, block, split, n_rows))
 
     def prefill(self, context: Context, block: Block) -> Schedule:
         split = self._split(context, block)
@@ -304,6 +321,28 @@ class HotCold:
         ops, last = prompt_ops(known, self._parts(known, block, split))
         last = ops.op(ops.head(ops.agents[0]), deps=[last], layer=context.model.architecture.n_layers)
         return ops.build(last, self._held(context, block, split))
+
+    # --- one by one -----------------------------------------------------------------------------
+
+    def hot_units(self, context: Context, block: Block) -> NDArray[np.bool_]:
+        """Neurons of one candidate, placed by frequency, in the GPU's memory, (n_layers, units): of a class that is
+        split those used most by the profile tokens, of equally used ones those of the lowest number."""
+        replayed = context.asking(str(block.structural["predictor"]), 0).replayed
+        assert replayed is not None
+        layers = context.model.architecture.n_layers
+        return first_units(replayed.trace, replayed.timed, self._counts(context, block)[layers:])
+
+    def hot_heads(self, context: Context, block: Block) -> NDArray[np.int64]:
+        """Attention heads of one candidate in the GPU's memory, (n_layers,); those that share keys count as one."""
+        return self._counts(context, block)[: context.model.architecture.n_layers]
+
+    def _counts(self, context: Context, block: Block) -> NDArray[np.int64]:
+        assert block.structural["placement"] == "frequency"
+        return np.round(self._placed(context, block).counts[:, 0]).astype(np.int64)
+
+    def used_heads(self, context: Context, block: Block) -> float:
+        """Share of the attention heads that a step multiplies."""
+        return self._attention_share(context, str(block.structural["predictor"]))
 
     # --- what to tell ---------------------------------------------------------------------------
 

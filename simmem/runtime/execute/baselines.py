@@ -73,8 +73,7 @@ def mapped_token_s(task: Task, file: Path, page_cache: PageCache, *, threads: in
         a = task.layout.architecture
         seen = max(round(task.candidate.context.workload.mean_decode_context), 1)
         decoder = session.decoder(seen, rotary=None if a.learned_position_rows else rotary_tables(seen, a.d_head))
-        for kept in (decoder.keys, decoder.values):
-            kept.normal_()
+        decoder.fill_context()
         begun: list[float] = []
         ended: list[float] = []
 

@@ -58,6 +58,7 @@ class EmulatedStore:
     image : what it holds. Reads behind its end begin again at its start, so a part stands for a larger file whose
         contents do not matter.
     read_bytes : what is usually read as one; how fast memory is copied is tried with it. [B]
+    timed : False where nothing is read while anything is timed: reads are then as fast as memory, whatever that is.
 
     Raises
     ------
@@ -65,13 +66,13 @@ class EmulatedStore:
         Memory here is too slow for this device.
     """
 
-    def __init__(self, link: Link, depth: int, image: Bytes, read_bytes: int) -> None:
-        self._link, self._depth, self._image = link, depth, image
+    def __init__(self, link: Link, depth: int, image: Bytes, read_bytes: int, *, timed: bool = True) -> None:
+        self._link, self._depth, self._image, self._timed = link, depth, image, timed
         self.copy_bytes_per_s = 0.0
-        for _ in range(_ATTEMPTS):  # a disturbed moment is not what memory can
+        for _ in range(_ATTEMPTS if timed else 0):  # a disturbed moment is not what memory can
             if self.copy_bytes_per_s < LEAST_RATIO * link.rate.value:
                 self.copy_bytes_per_s = max(self.copy_bytes_per_s, _copy_rate(_rows(image, read_bytes)))
-        if self.copy_bytes_per_s < LEAST_RATIO * link.rate.value:
+        if timed and self.copy_bytes_per_s < LEAST_RATIO * link.rate.value:
             have, want = (format_quantity(rate, "bytes_per_s") for rate in (self.copy_bytes_per_s, link.rate.value))
             raise MachineError(f"copies {have} of scattered reads, less than {LEAST_RATIO:g} times the {want} of the "
                                "device to be emulated", tier="dram")
@@ -107,7 +108,7 @@ class EmulatedStore:
             ticket, handed_in = task
             problem: BaseException | None = None
             ticket.start_s = max(handed_in, self._free_s)
-            self._free_s = ticket.due_s = ticket.start_s + self.device_seconds(ticket.asked)
+            self._free_s = ticket.due_s = ticket.start_s + (self.device_seconds(ticket.asked) if self._timed else 0.0)
             busy = time.thread_time()
             try:
                 self._copy(ticket.asked)

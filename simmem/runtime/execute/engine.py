@@ -48,6 +48,13 @@ class Counted:
     """(tokens, layers) units that the FFN multiplied."""
     moved_bytes: Ints
     """(tokens,) over all links. [B]"""
+    rows_beside: Ints | None = None
+    """(tokens, layers) units that a second unit multiplied beside it; None where there is none."""
+
+    def of(self, tokens: slice) -> Counted:
+        """The same of some tokens."""
+        return Counted(self.requests[tokens], self.read_bytes[tokens], self.new_units[tokens], self.rows[tokens],
+                       self.moved_bytes[tokens], None if self.rows_beside is None else self.rows_beside[tokens])
 
 
 @dataclass(frozen=True)

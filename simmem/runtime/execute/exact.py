@@ -27,13 +27,13 @@ from simmem.runtime.execute.networks import (
     reference_run,
 )
 from simmem.runtime.execute.session import How, Session, open_session
-from simmem.runtime.execute.task import Task, task_of
+from simmem.runtime.execute.task import HotTask, Task, task_of
 from simmem.runtime.models import load_network
 from simmem.runtime.text import default_text_path, read_text, tokenize
 from simmem.schedule import Schedule
 from simmem.trace.trace import Trace, digest_of
 
-__all__ = ["TOLERANCE", "Agreement", "ExactTask", "compare_with_network", "exact_task", "run_exactly"]
+__all__ = ["TOLERANCE", "Agreement", "ExactHotTask", "ExactTask", "compare_with_network", "exact_task", "run_exactly"]
 
 Ints = NDArray[np.int64]
 
@@ -82,17 +82,34 @@ class ExactTask(Task):
     def active(self, token: int) -> list[Ints]:
         trace = self.candidate.context.trace
         assert trace is not None
-        bits = np.unpackbits(trace.active[token], axis=1, bitorder="little", count=trace.header.n_units)
-        return [np.flatnonzero(row) for row in bits]
+        return _units(trace.active[token], trace.header.n_units)
 
 
-def exact_task(candidate: Candidate, reference: Reference) -> ExactTask:
+@dataclass(frozen=True)
+class ExactHotTask(HotTask):
+    """The same on two units, which hold what the plan's own trace says."""
+
+    masks: NDArray[np.uint8]
+    """Packed bits (tokens, layers, ceil(units / 8)) of the units that the text uses."""
+
+    @cached_property
+    def schedule(self) -> Schedule:
+        return self._decode(np.zeros(1, np.int64))  # of any token: amounts that differ are not asked for
+
+    def active(self, token: int) -> list[Ints]:
+        return _units(self.masks[token], self.hot.shape[1])
+
+
+def exact_task(candidate: Candidate, reference: Reference) -> ExactTask | ExactHotTask:
     """The candidate over the text of a reference run, its trace's activity replaced by the run's own masks.
 
     Raises SpecError where the plan fetches units and the reference was not masked, or the other way round.
     """
     context = candidate.context
     tokens = int(reference.logits.shape[0])
+    if candidate.policy.name == "hot-cold" and reference.active is not None:
+        shared = task_of(candidate, 1)
+        return ExactHotTask(candidate, shared.layout, tokens, 0, 0, reference.active)
     if reference.active is not None:
         if context.trace is None:
             raise SpecError("the plan has no trace to run by", key="trace")
@@ -111,6 +128,10 @@ def exact_task(candidate: Candidate, reference: Reference) -> ExactTask:
                         key="prefetch_layers")
     return ExactTask(candidate, layout_of(candidate.context, by_neuron=made.by_neuron, bundled=made.layout.bundled),
                      tokens, 0, 0)
+
+
+def _units(packed: NDArray[np.uint8], n_units: int) -> list[Ints]:
+    return [np.flatnonzero(row) for row in np.unpackbits(packed, axis=1, bitorder="little", count=n_units)]
 
 
 def run_exactly(session: Session, ids: Ints, reference: Reference, settings: DecoderSettings) -> Agreement:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -16,10 +17,20 @@ from simmem.sim.timeline import Timeline
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Clock", "Key", "demands_of", "timeline_of"]
+__all__ = ["Clock", "Key", "beside_name", "demands_of", "nth_name", "timeline_of"]
 
 Key = tuple[int, str, int]
-"""(token of the run, class, layer): each class has one op a token and layer."""
+"""(token of the run, class, layer): each class has one op a token and layer; see `beside_name` and `nth_name`."""
+
+
+def beside_name(name: str) -> str:
+    """What a class of ops is called where it is the second unit's."""
+    return f"{name}, beside"
+
+
+def nth_name(name: str, nth: int) -> str:
+    """What the ops of a token and layer are called whose classes share a name, in program order from 0."""
+    return f"{name} {nth + 1}" if nth else name
 
 
 @dataclass
@@ -97,19 +108,21 @@ class Clock:
         self._events.clear()
 
 
-def timeline_of(column: Schedule, times: Mapping[Key, tuple[float, float]], token: int, engine: str) -> Timeline:
+def timeline_of(column: Schedule, times: Mapping[Key, tuple[float, float]], token: int, engine: str, *,
+                beside: str | None = None) -> Timeline:
     """A token's schedule with the times its ops took here; times begin where the token before the schedule's ended.
 
     The schedule's tokens are mapped to the run's so that its timed one is `token`. An op that was not run (it has no
     demand, or belongs to a token that was not) takes no time and ends with its dependencies.
+
+    beside : the agent whose classes go by their `beside_name`.
     """
     n = column.n_ops
     timed = int(column.op_token[column.token_ends[-1]])
     start, free = np.zeros(n), np.zeros(n)
     stream_free: dict[int, float] = {}
     shift = token - timed
-    known = [times.get((int(column.op_token[op]) + shift, column.classes[int(column.op_class[op])].name,
-                        int(column.op_layer[op]))) for op in range(n)]
+    known = [times.get((number + shift, name, layer)) for number, name, layer in _keys(column, beside)]
     zero = _end_of(times, shift - 1)
     if zero is None:
         zero = min((t[0] for t in known if t is not None), default=0.0)
@@ -125,6 +138,17 @@ def timeline_of(column: Schedule, times: Mapping[Key, tuple[float, float]], toke
         start[op] = min(max(found[0] - zero, earliest), free[op])
         stream_free[stream] = max(free[op], earliest)
     return Timeline(column, start, free, free.copy(), engine)
+
+
+def _keys(column: Schedule, beside: str | None) -> Iterator[Key]:
+    """Each op's token of the schedule, name and layer."""
+    seen: Counter[Key] = Counter()
+    for op in range(column.n_ops):
+        what = column.classes[int(column.op_class[op])]
+        name = what.name if beside is None or what.agent != beside else beside_name(what.name)
+        key = int(column.op_token[op]), name, int(column.op_layer[op])
+        yield key[0], nth_name(name, seen[key]), key[2]
+        seen[key] += 1
 
 
 def _end_of(times: Mapping[Key, tuple[float, float]], token: int) -> float | None:

@@ -20,12 +20,14 @@ from simmem.policy.layers import STREAM_CHUNK_BYTES
 from simmem.runtime.cores import keeps_a_core
 from simmem.runtime.execute.emulated import EmulatedStore
 from simmem.runtime.execute.engine import Counted, Engine
-from simmem.runtime.execute.kernels import NORM_EPSILON, Decoder, rotary_tables
+from simmem.runtime.execute.hot_engine import HotEngine, TwoDecoders
+from simmem.runtime.execute.hot_memory import HotMemory, check_hot_memory
+from simmem.runtime.execute.kernels import NORM_EPSILON, Decoder, Rotary, rotary_tables
 from simmem.runtime.execute.layout import Layout
 from simmem.runtime.execute.measured import timeline_of
 from simmem.runtime.execute.memory import Memory, memory_bytes
 from simmem.runtime.execute.staging import check_memory
-from simmem.runtime.execute.task import Task
+from simmem.runtime.execute.task import HotTask, Task
 from simmem.runtime.execute.weights import RandomWeights, Source, WeightFile, random_weights, weight_file
 from simmem.runtime.models import machine_failures, require
 from simmem.runtime.reader import Reader, Store
@@ -84,7 +86,7 @@ class Session:
     task: Task
     how: How
     store: Store
-    memory: Memory
+    memory: Memory | HotMemory
     device: torch.device
     weights: WeightFile | None
     driven_s: float = 0.0
@@ -104,14 +106,13 @@ class Session:
         a, workload = task.layout.architecture, task.candidate.context.workload
         seen = max(round(workload.mean_decode_context), 1)
         decoder = self.decoder(seen, rotary=None if a.learned_position_rows else rotary_tables(seen, a.d_head))
-        for kept in (decoder.keys, decoder.values):  # whatever the context says, it has to be read
-            kept.normal_()
+        decoder.fill_context()
         engine = self.drive(decoder, n, position=seen - 1, between=between)
         name = f"{self.how.storage} storage, torch on {self.device}"
-        lines = [timeline_of(task.column(number), engine.clock.times, number, name) for number in range(task.lead, n)]
-        c, measured = engine.counted, slice(task.lead, n)
-        return Run(tuple(lines), Counted(c.requests[measured], c.read_bytes[measured], c.new_units[measured],
-                                         c.rows[measured], c.moved_bytes[measured]))
+        beside = task.host if isinstance(task, HotTask) else None
+        lines = [timeline_of(task.column(number), engine.clock.times, number, name, beside=beside)
+                 for number in range(task.lead, n)]
+        return Run(tuple(lines), engine.counted.of(slice(task.lead, n)))
 
     def conditions(self) -> dict[str, bool | int | float | str]:
         """What the figures of this session hold for; of emulated storage also what serving it cost."""
@@ -123,21 +124,25 @@ class Session:
             "checked": self.how.check}
         if self.device.type == "cuda":
             found["gpu"] = torch.cuda.get_device_name(self.device)
-        if isinstance(self.store, EmulatedStore):
+        if isinstance(self.store, EmulatedStore) and self.store.copy_bytes_per_s:
             found["emulation_copy_bytes_per_s"] = self.store.copy_bytes_per_s
             found["emulation_cpu_share"] = self.store.busy_s / max(self.driven_s, 1e-9)
             found["emulation_late_reads"] = self.store.late
         return found
 
-    def decoder(self, context: int, *, rotary: tuple[torch.Tensor, torch.Tensor] | None,
-                epsilon: float = NORM_EPSILON, position_offset: int = 0) -> Decoder:
+    def decoder(self, context: int, *, rotary: Rotary | None, epsilon: float = NORM_EPSILON, position_offset: int = 0
+                ) -> Decoder | TwoDecoders:
         """A decoder for a context of so many tokens."""
-        return Decoder(self.task.layout.architecture, self.task.layout.precision, self.device, context, rotary=rotary,
+        task = self.task
+        if isinstance(task, HotTask):
+            return TwoDecoders(task, self.device, context, rotary=rotary, epsilon=epsilon,
+                               position_offset=position_offset)
+        return Decoder(task.layout.architecture, task.layout.precision, self.device, context, rotary=rotary,
                        epsilon=epsilon, position_offset=position_offset)
 
-    def drive(self, decoder: Decoder, n: int, *, ids: NDArray[np.int64] | None = None, position: int | None = None,
-              exact: bool = False, after: Callable[[int], None] = lambda _: None,
-              between: Callable[[], None] | None = None) -> Engine:
+    def drive(self, decoder: Decoder | TwoDecoders, n: int, *, ids: NDArray[np.int64] | None = None,
+              position: int | None = None, exact: bool = False, after: Callable[[int], None] = lambda _: None,
+              between: Callable[[], None] | None = None) -> Engine | HotEngine:
         """Run n tokens; returns the engine with its counts and times.
 
         Parameters
@@ -152,17 +157,15 @@ class Session:
         task = self.task
         units = [task.active(number) if task.by_neuron else [] for number in range(n)]
         with torch.inference_mode(), machine_failures("running the plan"):
-            if task.by_neuron:
-                self.memory.start_caches(0, task.past())
             token_id = FIRST_TOKEN if ids is None else int(ids[0])
-            self.memory.read_row(token_id)
-            with Engine(task, self.store, self.memory, decoder, n_tokens=n, exact=exact) as engine:
+            with self._engine(decoder, units, token_id, exact=exact) as engine:
                 engine.clock.begin()
                 self.driven_s -= time.perf_counter()
                 for number in range(n):
                     following = None if ids is None else int(ids[min(number + 1, n - 1)])
-                    chosen = engine.token(number, token_id, number if position is None else position, units[number],
-                                          following)
+                    at = number if position is None else position
+                    chosen = engine.token(number, token_id, at) if isinstance(engine, HotEngine) else \
+                        engine.token(number, token_id, at, units[number], following)
                     with engine.clock.step(number, len(task.layout.layers)):
                         token_id = int(chosen) if following is None else following
                     after(number)
@@ -174,6 +177,18 @@ class Session:
             if self.weights is not None:
                 self.weights.check_unchanged()
         return engine
+
+    def _engine(self, decoder: Decoder | TwoDecoders, units: list[list[NDArray[np.int64]]], token_id: int, *,
+                exact: bool) -> Engine | HotEngine:
+        """What runs tokens that use these units, the first of them `token_id`; caches are filled."""
+        if isinstance(self.memory, HotMemory):
+            assert isinstance(decoder, TwoDecoders)
+            return HotEngine(self.memory.task, self.memory, decoder, units)  # only active neurons: exact as it is
+        assert isinstance(decoder, Decoder)
+        if self.task.by_neuron:
+            self.memory.start_caches(0, self.task.past())
+        self.memory.read_row(token_id)
+        return Engine(self.task, self.store, self.memory, decoder, n_tokens=len(units), exact=exact)
 
 
 @contextlib.contextmanager
@@ -192,14 +207,17 @@ def open_session(task: Task, how: How) -> Iterator[Session]:
 
     device = _device(how.device)
     precision = task.layout.precision
-    if precision == "fp16" and device.type == "cpu":
+    if precision == "fp16" and (device.type == "cpu" or isinstance(task, HotTask)):
         raise SpecError("is not multiplied by processors at a rate worth measuring: torch takes 50 times as long as "
                         "for bf16; plan with bf16 or fp32 weights", key="workload.weights")
     apart = task.memory != task.candidate.context.device.host
     if device.type == "cuda" and not apart:
         raise SpecError(f"found {how.device}, but the plan computes out of {task.memory}, the host's memory",
                         key="--device")
-    check_memory(memory_bytes(task, apart=apart), task.memory, device)
+    if isinstance(task, HotTask):
+        check_hot_memory(task, device)
+    else:
+        check_memory(memory_bytes(task, apart=apart), task.memory, device)
     source = how.source or RandomWeights(precision)
     threads = torch.get_num_threads()
     with contextlib.ExitStack() as stack, machine_failures("running the plan"):
@@ -213,13 +231,15 @@ def open_session(task: Task, how: How) -> Iterator[Session]:
             slots = task.layout.units
             store = stack.enter_context(EmulatedStore(
                 link, task.depth, _image(task.layout, source),
-                slots.slot_bytes if slots else min(int(STREAM_CHUNK_BYTES), task.layout.head.n_bytes)))
+                slots.slot_bytes if slots else min(int(STREAM_CHUNK_BYTES), task.layout.head.n_bytes),
+                timed=not isinstance(task, HotTask)))  # those hold all they use before the first token
         else:
             weights = stack.enter_context(weight_file(task.layout, source, file=how.file, scratch=how.scratch,
                                                       check=how.check, say=how.say))
             store = stack.enter_context(Reader(weights.fd, weights.name, task.depth))
-        memory = Memory(task, store, device, apart=apart,
-                        check=weights.check if weights is not None and how.check else None)
+        check = weights.check if weights is not None and how.check else None
+        memory = HotMemory(task, store, device, check=check) if isinstance(task, HotTask) else \
+            Memory(task, store, device, apart=apart, check=check)
         yield Session(task, how, store, memory, device, weights)
 
 

@@ -11,19 +11,22 @@ from numpy.typing import NDArray
 
 from simmem.errors import SpecError
 from simmem.planner.candidate import Candidate
+from simmem.planner.predict import timelines
 from simmem.policy.context import Context
 from simmem.policy.families.flash_window import FlashWindow
+from simmem.policy.families.hot_cold import HotCold
 from simmem.policy.layers import WARM_UP
 from simmem.runtime.execute.layout import Layout, ffn_parts, layout_of, whole_blocks
 from simmem.runtime.execute.measured import demands_of
 from simmem.schedule import Schedule
+from simmem.sim.timeline import Timeline
 from simmem.trace.replay import shrink_to_capacity
 
-__all__ = ["RUNNABLE", "Task", "task_of"]
+__all__ = ["RUNNABLE", "HotTask", "Task", "task_of"]
 
 Ints = NDArray[np.int64]
 
-RUNNABLE = ("resident", "stream", "flash-window")
+RUNNABLE = ("resident", "stream", "flash-window", "hot-cold")
 """Policies that the executor knows how to carry out."""
 
 
@@ -80,7 +83,15 @@ class Task:
             rows = np.zeros(1, np.int64)
             return self.candidate.policy.decode(self.candidate.context, self.candidate.block, rows).repeated(n)
         rows = np.arange(self.first_row - self.lead, self.first_row + self.n_tokens)
+        return self._decode(rows)
+
+    def _decode(self, rows: Ints) -> Schedule:
+        """The schedule of window-table rows."""
         return self.candidate.policy.decode(self.candidate.context, self.candidate.block, rows)
+
+    def predicted(self) -> list[Timeline]:
+        """What the event engine expects of the measured tokens."""
+        return timelines(self.candidate, self.rows, schedule=self.schedule.columns(slice(self.lead, None)))
 
     def column(self, token: int) -> Schedule:
         """The schedule of a token of the run."""
@@ -189,6 +200,51 @@ class Task:
         return tuple(n for n in ffn_parts(self.layout.architecture) if n not in self.layout.parts)
 
 
+@dataclass(frozen=True)
+class HotTask(Task):
+    """A task whose neurons and heads are shared by a unit with a memory of its own and the processor beside it."""
+
+    @cached_property
+    def hot(self) -> NDArray[np.bool_]:
+        """(layers, units) neurons in the unit's memory; the others lie in the host's."""
+        return self.policy.hot_units(self.candidate.context, self.candidate.block)
+
+    @cached_property
+    def heads(self) -> Ints:
+        """(layers,) heads in the unit's memory, the first ones; those that share keys and values count as one."""
+        return self.policy.hot_heads(self.candidate.context, self.candidate.block)
+
+    @property
+    def policy(self) -> HotCold:
+        assert isinstance(self.candidate.policy, HotCold)
+        return self.candidate.policy
+
+    @property
+    def host(self) -> str:
+        """The agent that computes out of host memory."""
+        return self.policy.agents(self.candidate.context, self.candidate.block)[1]
+
+    @property
+    def kv_on_host(self) -> bool:
+        """Do all keys and values lie in host memory? Else each head's beside its weights."""
+        return self.knobs["kv_cache"] == "host"
+
+    @cached_property
+    def links(self) -> tuple[str, str]:
+        """From the unit's memory to the host's, and back."""
+        device = self.candidate.context.device
+        (down,), (up,) = device.path(self.memory, device.host), device.path(device.host, self.memory)
+        return down, up
+
+    def _decode(self, rows: Ints) -> Schedule:
+        return self.policy.counted(self.candidate.context, self.candidate.block, rows, self.hot)
+
+    def active(self, token: int) -> list[Ints]:
+        if self.knobs["predictor"] == "none":
+            return [np.arange(self.hot.shape[1])] * len(self.hot)
+        return super().active(token)
+
+
 def task_of(candidate: Candidate, n_tokens: int) -> Task:
     """What running `n_tokens` of a candidate means; consecutive tokens from the start of its trace's steady state.
 
@@ -203,7 +259,9 @@ def task_of(candidate: Candidate, n_tokens: int) -> Task:
     if context.workload.batch != 1:
         raise SpecError(f"found {context.workload.batch}, but only a single sequence can be run", key="workload.batch")
     knobs, context = candidate.knobs, _known(candidate)
-    by_neuron = name == "flash-window" and knobs["predictor"] != "none"
+    if name == "hot-cold":
+        _check_hot(candidate, context)
+    by_neuron = name == "hot-cold" or (name == "flash-window" and knobs["predictor"] != "none")
     layout = layout_of(context, by_neuron=by_neuron, bundled=bool(knobs.get("bundled", True)))
     ahead = int(str(knobs.get("prefetch_layers", 0)))
     stages = len(layout.layers) + 1
@@ -215,7 +273,26 @@ def task_of(candidate: Candidate, n_tokens: int) -> Task:
             raise SpecError(f"has {len(context.table.tokens)} tokens behind a full window, at least {lead + 2} are "
                             "needed to run", key="trace")
         n_tokens = min(n_tokens, rows)
-    return Task(candidate, layout, n_tokens, lead, 1 + lead if by_neuron else 0)
+    kind = HotTask if name == "hot-cold" else Task
+    return kind(candidate, layout, n_tokens, lead, 1 + lead if by_neuron else 0)
+
+
+def _check_hot(candidate: Candidate, known: Context) -> None:
+    """Raise SpecError where neurons and heads cannot be shared as the plan says."""
+    assert isinstance(candidate.policy, HotCold)
+    a, knobs = known.model.architecture, candidate.knobs
+    if knobs["placement"] != "frequency":
+        raise SpecError(f"found {knobs['placement']!r}, but only neurons placed by frequency can be run",
+                        key="placement")
+    if known.unit_matrices < known.model.unit_matrices:
+        raise SpecError(f"has units of {known.unit_matrices} of the {known.model.unit_matrices} matrices of a neuron: "
+                        "both sides would need what the others say, which the executor does not hand over", key="trace")
+    used = candidate.policy.used_heads(candidate.context, candidate.block)
+    if used < 1.0:
+        raise SpecError(f"says that a token uses {100 * used:g} % of the attention heads, not which", key="trace")
+    if a.n_heads * a.d_head != a.d_model:
+        raise SpecError(f"has {a.n_heads} heads of {a.d_head}, expected them to make up its width of {a.d_model}",
+                        key=known.model.name)
 
 
 def _known(candidate: Candidate) -> Context:
