@@ -62,10 +62,10 @@ def hot_table(trace: Trace, tokens: Ints) -> HotTable:
     words = words_of(trace.active)
     planes = _added([words[token] for token in profile.tolist()])
     every = words_of(np.packbits(np.ones((header.n_layers, header.n_units), np.bool_), axis=1, bitorder="little"))
-    floors = _floors([uses for uses, _ in _by_count(planes, every)])
+    floors = _floors([number for number, _ in _by_count(planes, every)])
     classes = np.zeros((len(floors), *every.shape), np.uint64)
-    for uses, units in _by_count(planes, every):
-        classes[np.flatnonzero(floors <= uses)[0]] |= units
+    for number, units in _by_count(planes, every):
+        classes[np.flatnonzero(floors <= number)[0]] |= units
     sizes = np.array([count(units) for units in classes]).T
     uses = sum((np.array([count(units & plane) for units in classes]).T << place for place, plane in enumerate(planes)),
                np.zeros_like(sizes))
@@ -74,7 +74,7 @@ def hot_table(trace: Trace, tokens: Ints) -> HotTable:
 
 
 def _added(sets: Sequence[Words]) -> list[Words]:
-    """How many of the sets hold each unit, as a binary number for each: one set for each of its places, lowest first."""
+    """How many of the sets hold each unit, in binary: one set for each place of the number, lowest first."""
     planes: list[Words] = []
     for carry in sets:
         for place, plane in enumerate(planes):
