@@ -72,8 +72,8 @@ class Ops:
 
     Parameters
     ----------
-    n_columns : columns of the schedule. Amounts below are (n_columns,), one number for all, or (m, n_columns): then what
-        is returned stands for m demands, and `op` and `chain` are told which of them they do.
+    n_columns : columns of the schedule. Amounts below are (n_columns,), one number for all, or (m, n_columns): what is
+        returned then stands for m demands, and `op` and `chain` are told which of them they do.
     agents : who computes, the main one first; all of the device's when None. SpecError for one that it has not.
     phase : a decode step (`step_tokens`, over the mean context) or the prompt (all its tokens at once).
     depth : reads in flight, unless a move says otherwise.
