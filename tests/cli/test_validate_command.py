@@ -102,7 +102,7 @@ def test_exit_codes(simmem: Simmem, tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_interrupted(simmem: Simmem, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def stop(self: object) -> None:
+    def stop(self: object, between: object = None) -> None:
         raise KeyboardInterrupt
 
     monkeypatch.setattr(Session, "run", stop)
