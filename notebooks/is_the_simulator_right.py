@@ -56,7 +56,11 @@ table["conclusive"] = table.rows / runs.groupby(["record", "storage"]).size()
 table.drop(columns="rows").map("{:.0%}".format).assign(rows=table.rows)
 
 # %%
-last = max(RECORDS, key=lambda path: json.loads(path.read_text(encoding="utf-8"))["date"])
+def written(path):
+    return json.loads(path.with_name("predictions.json").read_text(encoding="utf-8"))["written"]
+
+
+last = max(RECORDS, key=written)
 simmem.pictures.predicted_and_measured(last);
 
 # %%

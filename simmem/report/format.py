@@ -21,8 +21,9 @@ class _Console(Console):
 
 
 def console() -> Console:
-    """Standard output as rich sees it: NO_COLOR, pipes and COLUMNS are respected, numbers are not coloured."""
-    return _Console(highlight=False, soft_wrap=False)
+    """Standard output as rich sees it: NO_COLOR, pipes and COLUMNS are respected, numbers are not coloured, and names
+    of files from others are no markup."""
+    return _Console(highlight=False, soft_wrap=False, markup=False)
 
 
 def new_table(*columns: str, left: int = 1) -> Table:

@@ -35,6 +35,7 @@ __all__ = [
     "Ratio",
     "Seconds",
     "Watt",
+    "check_texts",
     "kind_factors",
     "load_toml",
     "validate",
@@ -258,10 +259,15 @@ def load_toml(path: Path) -> dict[str, Any]:
         data = tomllib.loads(text)
     except (tomllib.TOMLDecodeError, RecursionError) as error:
         raise SpecError(f"is not valid TOML: {error}", file=str(path)) from None
+    check_texts(data, file=str(path))
+    return data
+
+
+def check_texts(data: Any, *, file: str) -> None:
+    """Raise SpecError where a key or text of a parsed file would do something to the terminal that it is shown on."""
     for word in _texts(data):
         if _CONTROL.search(word):
-            raise SpecError(f"holds {word[:60]!r}, with characters that control a terminal", file=str(path))
-    return data
+            raise SpecError(f"holds {word[:60]!r}, with characters that control a terminal", file=file)
 
 
 def _texts(data: Any) -> Iterator[str]:

@@ -18,7 +18,7 @@ from simmem.spec import library
 from simmem.spec.base import validate
 from simmem.spec.costmodel import load_cost_model
 from simmem.spec.device import load_device
-from simmem.spec.jsonfile import read_json
+from simmem.spec.jsonfile import read_json, shown
 from simmem.spec.measurement import load_measurements
 from simmem.validation.reference import FAILING, RowResult, Summary, reproduce, summary_of
 from simmem.validation.verdict import LEAST_CONCLUSIVE, Validation
@@ -171,6 +171,8 @@ def read_record(path: Path, name: str) -> Record:
     written = None
     if PREDICTIONS in beside:
         written = read_json(beside[PREDICTIONS], what="predictions", max_bytes=MAX_DOCUMENT_BYTES).get("written")
+        if not isinstance(written, str | None):
+            raise SpecError(f"found {shown(written)}, expected a date", file=str(beside[PREDICTIONS]), key="written")
     device = load_device(str(beside[DEVICE])).title if DEVICE in beside else None
     if not file.exists() and PREDICTIONS in beside:  # it was begun, and no verdict was recorded
         return Record(name=name, device=device, date=None, written=written, mode=None, rounds=None, took_s=None,

@@ -199,3 +199,17 @@ def test_where_a_page_cannot_go_and_what_is_too_large(
     assert "No space left on device" in ended.err
     assert out.read_text() == "what was there before"
     assert {one.name for one in tmp_path.iterdir()} == {"p.json", "p.html"}
+
+
+def test_text_of_a_stranger_is_neither_markup_nor_does_it_move_the_cursor(simmem: Simmem, pages: Pages, tmp_path: Path
+                                                                          ) -> None:
+    document = json.loads(pages.search.read_text(encoding="utf-8"))
+    document["cells"][0]["id"] = "[/x][bold]phone"
+    path = tmp_path / "search.json"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    ended = simmem("report", path)
+    assert ended.code == 0 and "[/x][bold]phone" in ended.out.replace("\n", "")
+    document["cells"][0]["id"] = "\x1b[2Jphone"
+    path.write_text(json.dumps(document), encoding="utf-8")
+    ended = simmem("report", path)
+    assert (ended.code, ended.out) == (2, "") and "characters that control a terminal" in ended.err

@@ -11,7 +11,7 @@ from simmem.planner.document import Plan
 from simmem.planner.grid.document import SearchDocument
 from simmem.planner.replan import read_plan
 from simmem.sim.timeline import BREAKDOWN
-from simmem.spec.base import validate
+from simmem.spec.base import check_texts, validate
 from simmem.spec.device import Device
 from simmem.spec.jsonfile import read_json, shown
 
@@ -25,6 +25,7 @@ PLAN, SEARCH = "simmem.plan/1", "simmem.search/1"
 def read_document(path: Path) -> Plan | SearchDocument:
     """What `plan --out` or `search --json` wrote. Raises SpecError."""
     data = read_json(path, what="a plan or a search", max_bytes=MAX_BYTES)
+    check_texts(data, file=str(path))
     if data.get("schema") == PLAN:
         return read_plan(path)
     if data.get("schema") != SEARCH:
