@@ -104,22 +104,31 @@ def hot_rungs(cell: Cell) -> Iterator[tuple[str, Rung]]:
             "agent": agent, "kv_cache": kv, "gpu_weight_bytes": size.low + near * (size.high - size.low)})
 
 
-def plans_of(device: str, model: str, agent: str, weights: str, groups: Collection[str]) -> Iterator[Plan]:
-    """The plans of a model that fit this machine."""
+def plans_of(device: str, model: str, agent: str, weights: str, groups: Collection[str], failed: dict[str, str]
+             ) -> Iterator[Plan]:
+    """The plans of a model that fit this machine; why one cannot be run is added to `failed`."""
     def cell_of(weights: str) -> Cell:
         return Cell(ask(device, model, prompt=128, new_tokens=64, weights=weights, kv=weights, policy=POLICIES),
                     weights, "real", 0.5)
 
-    plain, both = cell_of(weights), cell_of("bf16" if weights == "fp16" else weights)
+    plain = cell_of(weights)
     is_apart = plain.question.device.agent[agent].memory != plain.question.device.host
-    for cell, group, rung in (*((plain, *one) for one in rungs(agent)), *((both, *one) for one in hot_rungs(both))):
+    some = [(plain, *one) for one in rungs(agent)]
+    if HOT in groups:
+        both = plain if weights != "fp16" else cell_of("bf16")
+        some += [(both, *one) for one in hot_rungs(both)]
+    for cell, group, rung in some:
         if group not in groups or (group == "dram" and not is_apart):
             continue
         candidate = fit_rung(cell, rung)
         if candidate is None:
             say(f"{model}/{rung.name}: does not fit, or there is no trace to plan it with")
             continue
-        task = task_of(candidate, int(np.clip(PASS_S / event_seconds(candidate, 4), *TOKENS)))
+        try:
+            task = task_of(candidate, int(np.clip(PASS_S / event_seconds(candidate, 4), *TOKENS)))
+        except SimmemError as error:
+            failed[f"{model}/{rung.name}"] = str(error)
+            continue
         yield Plan(f"{model}/{rung.name}", group, candidate, task, task.predicted())
 
 
@@ -181,7 +190,8 @@ def main(arguments: list[str] | None = None) -> int:
         plans: dict[str, list[Plan]] = {}
         for model in models:
             try:
-                plans[model] = list(plans_of(device, model, agent, weights, asked.group or LIMITS))
+                if found := list(plans_of(device, model, agent, weights, asked.group or LIMITS, failed)):
+                    plans[model] = found
             except SimmemError as error:
                 failed[model] = str(error)
         write(asked.out, "predictions.json", {

@@ -113,7 +113,7 @@ def interval_factors(candidate: Candidate, rows: NDArray[np.int64]) -> tuple[flo
     drawn = draws(context)
     if not drawn:
         return 1.0, 1.0
-    n, factors = len(next(iter(drawn.values()))), dict(drawn.items())
+    n, factors = len(next(iter(drawn.values()))), dict(drawn)
     seconds = []
     for row in range(nominal.n_candidates):  # one after the other: all rows × draws together would be copied and spill
         schedule = nominal.column(row).repeated(n)

@@ -131,19 +131,20 @@ class Controls:
         task, read, runs = self._tasks[index], self._reads[index], repeats.runs
         if read is None or task.by_neuron or len(task.hops) > 1:
             return {}
+        own = np.array([[phase_seconds([line])["flash"] for line in run.timelines] for run in runs])
+        if not (own > 0).all():
+            return {}
         if self.between(index) is not None:
-            own = np.array([[phase_seconds([line])["flash"] for line in run.timelines] for run in runs])
             moved = np.array([run.counted.moved_bytes for run in runs], np.float64)
             plain, batches = (np.array([looks[task.lead - 1:] for looks in found[:len(runs)]])
                               for found in (self.between_s[index], self.batches_s[index]))
             found = {"rate_over_plain_reads": np.sqrt(plain[:, :-1] * plain[:, 1:]) / read[0] * moved / own,
                      "rate_over_plain_batches": np.sqrt(batches[:, :-1] * batches[:, 1:]) / own}
         else:
-            own = np.array([phase_seconds(run.timelines)["flash"] for run in runs])
             moved = np.array([float(np.mean(run.counted.moved_bytes)) for run in runs])
             looks = _per_run([float(np.median(s)) for s in self.read_s[index]])[:len(runs)]
-            found = {"rate_over_plain_reads": looks / read[0] * moved / own}
-        return found if (own > 0).all() else {}
+            found = {"rate_over_plain_reads": looks / read[0] * moved / own.mean(axis=1)}
+        return found
 
     def _products(self, index: int) -> Array:
         """Rate of products over the calibrated one, a figure a run."""

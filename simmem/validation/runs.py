@@ -179,7 +179,7 @@ def demanded_bytes(column: Schedule, block_bytes: float) -> float:
         if link is not None:
             moved = float(column.bytes[f"link.{link}"][k, 0])
             stored = column.classes[k].name.split(".")[0] in STORED
-            total += math.ceil(moved / block_bytes - 1e-9) * block_bytes if stored else moved
+            total += math.ceil(moved / block_bytes - 1e-9) * block_bytes if stored else round(moved)
     return total
 
 

@@ -256,9 +256,9 @@ def judge(rows: Sequence[LadderRow], *, broken: int = 0
     gates.append(_gate(inside if real is None else f"{inside}, real storage",
                        judged.coverage if judged.coverage_beside is None else judged.coverage_beside, low=0.80,
                        high=0.97 if judged.n >= FEW_ROWS else None))
-    reached = _naive_rates(rows)
-    if reached:
-        gates.append(_gate("storage rate of naive loading over that of plain batches", min(reached), low=0.9))
+    if any(r.storage == "real" and r.id.endswith("/naive") for r in _conclusive(rows)):
+        gates.append(_gate("storage rate of naive loading over that of plain batches",
+                           min(_naive_rates(rows), default=None), low=0.9))
     published = [abs(s.error) for s in step_ratios(rows) if s.published is not None and s.conclusive]
     if published:
         gates.append(_gate("largest error of a published step's I/O ratio", max(published), high=0.15))

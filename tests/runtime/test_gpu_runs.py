@@ -31,7 +31,7 @@ def test_the_script_on_a_cpu(script: ModuleType, tmp_path: Path, capsys: pytest.
     asked = ["--out", str(out), "--device", "cpu", "--with", "cloud-vm", "--model", "opt-350m", "--model",
              "relu-decoder-4m", "--scratch", str(scratch), "--budget", "1"]
     assert script.main(asked) == 1
-    assert "FAILED opt-350m: opt-350m: has embeddings of their own width" in capsys.readouterr().out
+    assert "FAILED opt-350m/resident: opt-350m: has embeddings of their own width" in capsys.readouterr().out
     assert list(scratch.iterdir()) == []
     report, rows = (json.loads((out / name).read_text()) for name in ("report.json", "rows.json"))
     assert report["groups"]["bytes_exact"]

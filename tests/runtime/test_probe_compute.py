@@ -182,7 +182,7 @@ def test_replaced_rows_leave_the_table_compact() -> None:
     new = random.normal(size=(n, 8)).astype(np.float32)
     now = torch.from_numpy(table.copy())
     whole = now.view(torch.uint8).numpy().view("V32")[:, 0]
-    gather.replace_rows(now, whole, np.sort(holes), 44, torch.from_numpy(new))
+    gather.replace_rows(now, whole, np.sort(holes), np.arange(44, 50), torch.from_numpy(new))
     kept = np.delete(table, holes, axis=0)
     assert sorted(map(tuple, now.numpy()[:44])) == sorted(map(tuple, kept))
     assert (now.numpy()[44:] == new).all()

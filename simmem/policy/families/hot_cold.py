@@ -9,7 +9,8 @@ by how often profile tokens used them (§6), under the GPU's capacity; here for 
 
 Tokens that are timed are never those that frequencies were counted on (`simmem.trace.hot`). Within a class of equally
 frequent units the hot ones are a share while plans are compared: which of them they are is left open. A plan that is
-run takes them by number (`HotCold.hot_units`), and `HotCold.counted` then says what it multiplies, to the unit.
+run takes those used most, of equals by number (`HotCold.hot_units`), and `HotCold.counted` then says what it
+multiplies, to the unit.
 """
 
 from __future__ import annotations

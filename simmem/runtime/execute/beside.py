@@ -126,9 +126,12 @@ class Beside:
     def _run(self) -> None:
         import torch
 
-        run_anywhere()  # whoever started it may keep to one core
-        torch.set_num_threads(self._threads)
         failed: BaseException | None = None
+        try:
+            run_anywhere()  # whoever started it may keep to one core
+            torch.set_num_threads(self._threads)
+        except BaseException as error:  # noqa: BLE001 - goes to whoever waits for the first job
+            failed = error
         with torch.inference_mode():
             while (job := self._queue.get()) is not None:
                 if failed is None and not self._stopped:

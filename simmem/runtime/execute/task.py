@@ -290,6 +290,11 @@ def _check_hot(candidate: Candidate, known: Context) -> None:
     used = candidate.policy.used_heads(candidate.context, candidate.block)
     if used < 1.0:
         raise SpecError(f"says that a token uses {100 * used:g} % of the attention heads, not which", key="trace")
+    device, memory = known.device, known.memory_of(str(knobs["agent"]))
+    between = (*device.path(memory, device.host), *device.path(device.host, memory))
+    if len(between) != 2:
+        raise SpecError(f"has {len(between)} links between {memory} and {device.host}, expected one each way",
+                        key=device.name)
     if a.n_heads * a.d_head != a.d_model:
         raise SpecError(f"has {a.n_heads} heads of {a.d_head}, expected them to make up its width of {a.d_model}",
                         key=known.model.name)

@@ -47,19 +47,19 @@ def scatter_rows(rows: Any, index: Any, into: Any) -> None:
     into.index_copy_(0, index, rows)
 
 
-def replace_rows(table: Any, whole: NDArray[np.void], holes: Ints, tail: int, new: Any) -> None:
+def replace_rows(table: Any, whole: NDArray[np.void], holes: Ints, movers: Ints, new: Any) -> None:
     """Delete the rows `holes` of a compact table and append as many new ones: two copies, as the executor makes them.
 
     Parameters
     ----------
     table : (rows, width)
     whole : its rows, each one element, (rows,): numpy moves those in half of torch's time.
-    holes : rows to delete, below `tail`, (n,).
-    tail : the last n rows in use begin here; they move into the holes, and the new ones take their place.
+    holes : rows to delete, (n,).
+    movers : the last n rows in use, one behind the other; they move into the holes, and the new ones take their place.
     new : rows to append, (n, width).
     """
-    whole[holes] = whole[tail + np.arange(len(holes))]
-    table[tail:tail + len(holes)].copy_(new)
+    whole[holes] = whole[movers]
+    table[int(movers[0]):int(movers[0]) + len(holes)].copy_(new)
 
 
 class _Table:
@@ -148,12 +148,14 @@ def _upkeep(table: _Table, n: int, row_bytes: int, dtype: str) -> Callable[[], N
 
     rows, order = table.rows(row_bytes, dtype), table.order(row_bytes)
     whole, half = rows.view(torch.uint8).numpy().view(f"V{row_bytes}")[:, 0], len(rows) // 2
-    new, holes = rows[:n].clone(), order[order < half].numpy()
+    new, holes, tail = rows[:n].clone(), order[order < half].numpy(), np.arange(half, len(rows))
+    for start in range(0, len(holes), n):  # as the executor has them
+        holes[start:start + n].sort()
     at = 0
 
     def step() -> None:
         nonlocal at
         at = at + n if at + 2 * n <= min(len(holes), half) else 0
-        replace_rows(rows, whole, np.sort(holes[at:at + n]), half + at, new)
+        replace_rows(rows, whole, holes[at:at + n], tail[at:at + n], new)
 
     return step
