@@ -209,3 +209,16 @@ def test_refinement_closes_in_on_the_best(tmp_path: Path, monkeypatch: pytest.Mo
         away, is_added = min((abs(np.log(size_of(c) / 2.3e9)), c.refined) for c, _ in answered
                              if c.question.device == device)
         assert away < 0.02 and is_added
+
+
+def test_a_cell_that_is_added_is_never_one_of_another_grid(tmp_path: Path) -> None:
+    """Whose answer it would be given, planned for another objective."""
+    listed = SPEC[SPEC.index("[[grid]]"):SPEC.index("sample =")].replace('{ from = "1 GB", to = "4 GB" }', '"2 GB"')
+    other = listed + 'objective = "memory"\n'
+    named = [text.replace("[[grid]]", f'[[grid]]\nname = "{name}"') for text, name in ((SPEC, "a"), (other, "b"))]
+    for both in (SPEC + other, named[0] + other, SPEC + named[1], named[0] + named[1].replace('"b"', '"a"')):
+        with pytest.raises(SpecError, match="give each grid a name of its own") as caught:
+            cells_of(tmp_path, both)
+        assert caught.value.key == "grid" and "\n" not in str(caught.value)
+    assert {cell.id.split("/")[0] for cell in cells_of(tmp_path, "".join(named))} == {"a", "b"}
+    assert cells_of(tmp_path, (SPEC + other).replace(", refine = 24", ""))  # which cells there are is known at once

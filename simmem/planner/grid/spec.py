@@ -317,6 +317,10 @@ def load_search(path: Path) -> tuple[SearchSpec, list[Cell]]:
         raise SpecError(f"found {found!r}, expected 'simmem.search-spec/1'" if "schema" in data else
                         "is missing; expected schema = 'simmem.search-spec/1'", file=str(path), key="schema")
     spec = validate(SearchSpec, data, file=str(path))
+    names = {grid.name for grid in spec.grid} - {None}
+    if len(names) < len(spec.grid) and len(spec.grid) > 1 and any(map(_is_refined, spec.grid)):
+        raise SpecError("one of several grids is refined, and what is added could be a cell of another: give each grid "
+                        "a name of its own", file=str(path), key="grid")
     cells: dict[str, Cell] = {}
     for index, grid in enumerate(spec.grid):
         key = f"grid.{index}"
@@ -336,6 +340,11 @@ def load_search(path: Path) -> tuple[SearchSpec, list[Cell]]:
             mine.setdefault(cell.id, cell)
         cells |= mine
     return spec, list(cells.values())
+
+
+def _is_refined(grid: Grid) -> bool:
+    """Whether cells may be added to it."""
+    return grid.is_sampled and grid.sample is not None and grid.sample.refine > 0
 
 
 def _may_repeat(grid: Grid, cell: Cell) -> bool:
