@@ -231,3 +231,12 @@ def test_of_a_list_longer_than_the_sample_every_entry_is_as_likely() -> None:
     for levels in ([p.entries[0] for ps in drawn for p in ps], [p.at["dram"] for ps in drawn for p in ps]):
         assert sum(levels.count(level) for level in range(10)) == 1200
         assert all(abs(levels.count(level) - 120) < 5 * 9.2 for level in range(10))
+
+
+def test_what_refinement_may_add_to_earlier_grids_counts_too(tmp_path: Path) -> None:
+    grids = [SPEC[SPEC.index("[[grid]]"):].replace("[[grid]]", f'[[grid]]\nname = "{name}"') for name in "ab"]
+    head, many = SPEC[:SPEC.index("[[grid]]")], "refine = 60000"
+    assert len(cells_of(tmp_path, head + grids[0].replace("refine = 24", many) + grids[1])) == 16
+    with pytest.raises(SpecError, match="more than 100000 cells") as caught:
+        cells_of(tmp_path, head + "".join(grids).replace("refine = 24", many))
+    assert caught.value.key == "grid.1"

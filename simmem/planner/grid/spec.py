@@ -322,10 +322,11 @@ def load_search(path: Path) -> tuple[SearchSpec, list[Cell]]:
         raise SpecError("one of several grids is refined, and what is added could be a cell of another: give each grid "
                         "a name of its own", file=str(path), key="grid")
     cells: dict[str, Cell] = {}
+    added = 0
     for index, grid in enumerate(spec.grid):
         key = f"grid.{index}"
         n = grid.sample.cells + grid.sample.refine if grid.sample and grid.is_sampled else grid.space.size()
-        if n + len(cells) > MAX_CELLS:
+        if n + len(cells) + added > MAX_CELLS:
             raise SpecError(f"opens up more than {MAX_CELLS} cells", file=str(path), key=key)
         try:
             points = grid.points()
@@ -339,6 +340,7 @@ def load_search(path: Path) -> tuple[SearchSpec, list[Cell]]:
                                 "name", file=str(path), key=key)
             mine.setdefault(cell.id, cell)
         cells |= mine
+        added += grid.sample.refine if grid.sample and grid.is_sampled else 0
     return spec, list(cells.values())
 
 
