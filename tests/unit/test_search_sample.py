@@ -240,3 +240,16 @@ def test_what_refinement_may_add_to_earlier_grids_counts_too(tmp_path: Path) -> 
     with pytest.raises(SpecError, match="more than 100000 cells") as caught:
         cells_of(tmp_path, head + "".join(grids).replace("refine = 24", many))
     assert caught.value.key == "grid.1"
+
+
+@pytest.mark.parametrize("around", ["boundary", "best"])
+def test_refinement_comes_to_the_last_value_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, around: str
+                                                      ) -> None:
+    """Where a device passes with nothing less, or both do best."""
+    for device, needed in (("iphone15", 4e9), ("m1-max", 2e9)):
+        monkeypatch.setitem(NEEDED, device, needed if around == "boundary" else 0.0)
+    text = SPEC.replace('{ from = "1 GB", to = "4 GB" }', str([f"{1 + i / 32:g} GB" for i in range(97)]))
+    answered, _ = refined(tmp_path, monkeypatch, text.replace("refine = 24", f'refine = 40, around = "{around}"'),
+                          lambda cell: {"token_latency_s": 1 / size_of(cell)})
+    found = [cell for cell, _ in answered if cell.question.device == "iphone15" and cell.question.dram == "4 GB"]
+    assert [cell.refined for cell in found] == [True]
