@@ -139,7 +139,7 @@ def refined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, figures:
     spec, _ = load_search(tmp_path / "s.toml")
     refine = Refinement(spec)
     while more := refine.next(answered):
-        assert len(more) <= refine_module.ROUND and all(cell.refined for cell in more)
+        assert len(more) <= refine_module.ROUND * len(spec.grid) and all(cell.refined for cell in more)
         answered += answers(more)
     return [answered, refine]
 
@@ -253,3 +253,15 @@ def test_refinement_comes_to_the_last_value_of_a_list(tmp_path: Path, monkeypatc
                           lambda cell: {"token_latency_s": 1 / size_of(cell)})
     found = [cell for cell, _ in answered if cell.question.device == "iphone15" and cell.question.dram == "4 GB"]
     assert [cell.refined for cell in found] == [True]
+
+
+def test_only_what_is_refined_around_its_boundary_lists_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = SPEC[SPEC.index("[[grid]]"):]
+    best = grid.replace("refine = 24", 'refine = 24, around = "best"')
+    text = SPEC.replace(grid, "".join(one.replace("[[grid]]", f'[[grid]]\nname = "{name}"')
+                                      for one, name in ((grid, "edge"), (best, "best"))))
+    answered, refine = refined(tmp_path, monkeypatch, text, lambda cell: {"token_latency_s": 1 / size_of(cell)})
+    pairs = refine.boundary(answered)
+    assert len(pairs) == 2 and all(cell.startswith("edge/") for pair in pairs for cell in pair)
+    passing = {(cell.question.device, outcome.fits) for cell, outcome in answered if cell.id.startswith("best/")}
+    assert len(passing) == 4  # of each device some pass and some do not

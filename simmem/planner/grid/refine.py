@@ -48,8 +48,11 @@ class Refinement:
         return [cell for grid in self._grids for cell in grid.next(answered)]
 
     def boundary(self, answered: Answered) -> list[tuple[str, str]]:
-        """(a cell that passes, its neighbour of the same choices that does not), the nearest to each other first."""
-        return [pair for grid in self._grids for pair in grid.boundary(answered)]
+        """(a cell that passes, its neighbour of the same choices that does not), the nearest to each other first.
+
+        Of the grids that are refined around their boundary: those around the best say nothing of where theirs lies.
+        """
+        return [pair for grid in self._grids if grid.is_around_boundary for pair in grid.boundary(answered)]
 
 
 class _Refined:
@@ -62,6 +65,7 @@ class _Refined:
         for point in grid.points():
             self._points.setdefault(cell_at(grid, spec, point).id, point)
         self._objective = grid.objective or spec.objective
+        self.is_around_boundary = self._sample.around == "boundary"
 
     def next(self, answered: Answered) -> list[Cell]:
         """The next round."""
