@@ -86,7 +86,8 @@ def test_files_are_read_again_and_found_from_the_folder_at_hand(
     ({"weights": ["int8", "int8"]}, SpecError, "stands twice"),
     ({"policy": "streem"}, SpecError, "did you mean stream"),
     ({"policy": {"policy": "stream", "knob": {}}}, SpecError, "did you mean knobs"),
-    ({"knobs": {"agent": "gpu"}}, SpecError, "knobs belong to a policy"),
+    *(({"knobs": {"agent": "gpu"}, "policy": every}, SpecError, "knobs belong to a policy")
+      for every in (None, "any", [["any"]], {"policy": "any"}, {"policy": ["any"], "name": "all"})),
     ({"prompt": range(1, 200_000)}, SpecError, "at most 100000"),
     ({"objective": "speed"}, SpecError, "expected one of latency"),
     ({"max_quality_loss": float("nan")}, SpecError, "expected a share"),

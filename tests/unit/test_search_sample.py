@@ -139,7 +139,7 @@ def refined(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: str, figures:
     spec, _ = load_search(tmp_path / "s.toml")
     refine = Refinement(spec)
     while more := refine.next(answered):
-        assert len(more) <= refine_module.ROUND and all(cell.refined for cell in more)
+        assert len(more) <= refine_module.ROUND * len(spec.grid) and all(cell.refined for cell in more)
         answered += answers(more)
     return [answered, refine]
 
@@ -209,3 +209,59 @@ def test_refinement_closes_in_on_the_best(tmp_path: Path, monkeypatch: pytest.Mo
         away, is_added = min((abs(np.log(size_of(c) / 2.3e9)), c.refined) for c, _ in answered
                              if c.question.device == device)
         assert away < 0.02 and is_added
+
+
+def test_a_cell_that_is_added_is_never_one_of_another_grid(tmp_path: Path) -> None:
+    """Whose answer it would be given, planned for another objective."""
+    listed = SPEC[SPEC.index("[[grid]]"):SPEC.index("sample =")].replace('{ from = "1 GB", to = "4 GB" }', '"2 GB"')
+    other = listed + 'objective = "memory"\n'
+    named = [text.replace("[[grid]]", f'[[grid]]\nname = "{name}"') for text, name in ((SPEC, "a"), (other, "b"))]
+    for both in (SPEC + other, named[0] + other, SPEC + named[1], named[0] + named[1].replace('"b"', '"a"')):
+        with pytest.raises(SpecError, match="give each grid a name of its own") as caught:
+            cells_of(tmp_path, both)
+        assert caught.value.key == "grid" and "\n" not in str(caught.value)
+    assert {cell.id.split("/")[0] for cell in cells_of(tmp_path, "".join(named))} == {"a", "b"}
+    assert cells_of(tmp_path, (SPEC + other).replace(", refine = 24", ""))  # which cells there are is known at once
+
+
+def test_of_a_list_longer_than_the_sample_every_entry_is_as_likely() -> None:
+    """Of a part and of an axis, alone and by entry; 3 of 10 for 400 seeds: 120 each (binomial, σ = 9.2)."""
+    space = Space({"devices": [{}] * 10, "budgets": [{"dram": tuple(range(10))}]})
+    drawn = [sobol_points(space, 3, seed) for seed in range(400)]
+    for levels in ([p.entries[0] for ps in drawn for p in ps], [p.at["dram"] for ps in drawn for p in ps]):
+        assert sum(levels.count(level) for level in range(10)) == 1200
+        assert all(abs(levels.count(level) - 120) < 5 * 9.2 for level in range(10))
+
+
+def test_what_refinement_may_add_to_earlier_grids_counts_too(tmp_path: Path) -> None:
+    grids = [SPEC[SPEC.index("[[grid]]"):].replace("[[grid]]", f'[[grid]]\nname = "{name}"') for name in "ab"]
+    head, many = SPEC[:SPEC.index("[[grid]]")], "refine = 60000"
+    assert len(cells_of(tmp_path, head + grids[0].replace("refine = 24", many) + grids[1])) == 16
+    with pytest.raises(SpecError, match="more than 100000 cells") as caught:
+        cells_of(tmp_path, head + "".join(grids).replace("refine = 24", many))
+    assert caught.value.key == "grid.1"
+
+
+@pytest.mark.parametrize("around", ["boundary", "best"])
+def test_refinement_comes_to_the_last_value_of_a_list(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, around: str
+                                                      ) -> None:
+    """Where a device passes with nothing less, or both do best."""
+    for device, needed in (("iphone15", 4e9), ("m1-max", 2e9)):
+        monkeypatch.setitem(NEEDED, device, needed if around == "boundary" else 0.0)
+    text = SPEC.replace('{ from = "1 GB", to = "4 GB" }', str([f"{1 + i / 32:g} GB" for i in range(97)]))
+    answered, _ = refined(tmp_path, monkeypatch, text.replace("refine = 24", f'refine = 40, around = "{around}"'),
+                          lambda cell: {"token_latency_s": 1 / size_of(cell)})
+    found = [cell for cell, _ in answered if cell.question.device == "iphone15" and cell.question.dram == "4 GB"]
+    assert [cell.refined for cell in found] == [True]
+
+
+def test_only_what_is_refined_around_its_boundary_lists_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    grid = SPEC[SPEC.index("[[grid]]"):]
+    best = grid.replace("refine = 24", 'refine = 24, around = "best"')
+    text = SPEC.replace(grid, "".join(one.replace("[[grid]]", f'[[grid]]\nname = "{name}"')
+                                      for one, name in ((grid, "edge"), (best, "best"))))
+    answered, refine = refined(tmp_path, monkeypatch, text, lambda cell: {"token_latency_s": 1 / size_of(cell)})
+    pairs = refine.boundary(answered)
+    assert len(pairs) == 2 and all(cell.startswith("edge/") for pair in pairs for cell in pair)
+    passing = {(cell.question.device, outcome.fits) for cell, outcome in answered if cell.id.startswith("best/")}
+    assert len(passing) == 4  # of each device some pass and some do not

@@ -181,13 +181,13 @@ def _policies(policy: object, knobs: object, label: str) -> tuple[tuple[str, ...
     held = dict(knobs) if isinstance(knobs, Mapping) else {}
     if knobs is not None and not isinstance(knobs, Mapping):
         raise SpecError(f"found {knobs!r}, expected a table of knobs", file=_NAME, key="knobs")
-    if policy is None or policy == "any":
-        if held.keys() - {DRAFT_LENGTH.name}:
-            raise SpecError(f"the row {label!r}: knobs belong to a policy: name it", file=_NAME, key="knobs")
-        return None, held
-    given = dict(policy) if isinstance(policy, Mapping) else {"policy": policy}
+    given = dict(policy) if isinstance(policy, Mapping) else {"policy": "any" if policy is None else policy}
     axis = validate(PolicyAxis, given, file=_NAME)
-    return None if axis.policy == ("any",) else axis.policy, {**held, **axis.knobs}
+    if axis.policy != ("any",):
+        return axis.policy, {**held, **axis.knobs}
+    if held.keys() - {DRAFT_LENGTH.name}:
+        raise SpecError(f"the row {label!r}: knobs belong to a policy: name it", file=_NAME, key="knobs")
+    return None, held
 
 
 # --- answers become rows -------------------------------------------------------------------------------------------

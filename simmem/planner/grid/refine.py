@@ -10,7 +10,8 @@ Cells are added in rounds, each decided by outcomes alone: whoever answers, and 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Collection, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -47,8 +48,11 @@ class Refinement:
         return [cell for grid in self._grids for cell in grid.next(answered)]
 
     def boundary(self, answered: Answered) -> list[tuple[str, str]]:
-        """(a cell that passes, its neighbour of the same choices that does not), the nearest to each other first."""
-        return [pair for grid in self._grids for pair in grid.boundary(answered)]
+        """(a cell that passes, its neighbour of the same choices that does not), the nearest to each other first.
+
+        Of the grids that are refined around their boundary: those around the best say nothing of where theirs lies.
+        """
+        return [pair for grid in self._grids if grid.is_around_boundary for pair in grid.boundary(answered)]
 
 
 class _Refined:
@@ -61,6 +65,7 @@ class _Refined:
         for point in grid.points():
             self._points.setdefault(cell_at(grid, spec, point).id, point)
         self._objective = grid.objective or spec.objective
+        self.is_around_boundary = self._sample.around == "boundary"
 
     def next(self, answered: Answered) -> list[Cell]:
         """The next round."""
@@ -117,7 +122,8 @@ class _Refined:
                       if there and name in mine}
             here = {name: place[i, names.index(name)] for name in corner}
             far = float(np.linalg.norm([corner[name] - here[name] for name in corner]))
-            gaps.append((-far, i, self._moved(points[i], {name: (here[name] + corner[name]) / 2 for name in corner})))
+            gaps.append((-far, i, self._moved(points[i], {name: (here[name] + corner[name]) / 2 for name in corner},
+                                              up=[name for name in corner if corner[name] > 0])))
         for far, _, point in sorted(gaps, key=lambda gap: gap[:2]):
             if -far > NEAREST:
                 yield point
@@ -157,7 +163,7 @@ class _Refined:
                 here, there = place[i, k], alike[:, k]
                 for end in (there[there < here].max(initial=0.0), there[there > here].min(initial=1.0)):
                     if abs(end - here) > NEAREST:
-                        yield self._moved(points[i], {name: (here + float(end)) / 2})
+                        yield self._moved(points[i], {name: (here + float(end)) / 2}, up=[name] if end > here else [])
 
     def _ordered_names(self) -> list[str]:
         space = self._grid.space
@@ -186,9 +192,10 @@ class _Refined:
                                  for name, axis in axes.items()
                                  if is_ordered(axis) and name in its and is_ordered(its[name])})
 
-    def _moved(self, point: Point, shares: dict[str, float]) -> Point:
+    def _moved(self, point: Point, shares: dict[str, float], up: Collection[str] = ()) -> Point:
+        """Moved along axes; lists of `up` are rounded up, so that what goes up a list comes to its last value."""
         axes = point.axes(self._grid.space)
-        return Point(point.entries, {**point.at, **{name: _placed(axes[name], share)
+        return Point(point.entries, {**point.at, **{name: _placed(axes[name], share, name in up)
                                                     for name, share in shares.items()}})
 
 
@@ -197,6 +204,8 @@ def _share(axis: Any, at: float | int) -> float:
     return float(at) if isinstance(axis, Range) else at / (len(axis) - 1)
 
 
-def _placed(axis: Any, share: float) -> float | int:
-    """A place on an ordered axis; of a list, the last one that is no farther."""
-    return share if isinstance(axis, Range) else int(share * (len(axis) - 1) + 1e-9)
+def _placed(axis: Any, share: float, up: bool) -> float | int:
+    """A place on an ordered axis; of a list, the last one that is no farther, or, upwards, the first that is as far."""
+    if isinstance(axis, Range):
+        return share
+    return math.ceil(share * (len(axis) - 1) - 1e-9) if up else int(share * (len(axis) - 1) + 1e-9)

@@ -18,6 +18,9 @@ from simmem.planner.grid.ranges import Axis, Range, magnitude
 
 __all__ = ["Point", "Space", "enumerated", "has_range", "is_ordered", "sobol_points"]
 
+STEPS = 2**16
+"""Into which a rank is divided."""
+
 
 @dataclass(frozen=True)
 class Space:
@@ -114,26 +117,32 @@ def sobol_points(space: Space, n: int, seed: int) -> list[Point]:
     # A whole power of two, of which the first n: the sequence is balanced in such blocks.
     drawn = qmc.Sobol(max(len(varied), 1), scramble=True, rng=seed).random_base2(max(n - 1, 1).bit_length())[:n]
     column = {name: drawn[:, i] for i, name in enumerate(varied)}
-    everyone = np.arange(n)
-    chosen = {part: _dealt(column.get(part), everyone, len(entries)) for part, entries in space.parts.items()}
+    everyone, offsets = np.arange(n), np.random.default_rng([seed, len(varied)])
+    chosen = {part: _dealt(column.get(part), everyone, len(entries), offsets) for part, entries in space.parts.items()}
     at: list[dict[str, float | int]] = [{} for _ in range(n)]
     for part, entries in space.parts.items():
         for which, axes in enumerate(entries):
             mine = np.flatnonzero(chosen[part] == which)
             for name, axis in axes.items():
                 places = column[name][mine] if isinstance(axis, Range) else \
-                    _dealt(column.get(name), mine, len(axis))[mine]
+                    _dealt(column.get(name), mine, len(axis), offsets)[mine]
                 for point, place in zip(mine.tolist(), places.tolist(), strict=True):
                     at[point][name] = place
     return [Point(tuple(int(chosen[part][i]) for part in space.parts), at[i]) for i in range(n)]
 
 
-def _dealt(shares: Any, which: Any, n_levels: int) -> Any:
-    """Levels of the points in `which` by the rank of their shares, as many of each as can be; 0 for other points."""
+def _dealt(shares: Any, which: Any, n_levels: int, offsets: Any) -> Any:
+    """Levels of the points in `which` by the rank of their shares, as many of each as can be; 0 for other points.
+
+    The ranks are moved on by a share of one that is drawn from `offsets` (systematic sampling: Madow & Madow, 1944):
+    where there are fewer points than levels, or some levels get a point more, every level is as likely as any other.
+    """
     import numpy as np
 
     levels = np.zeros(int(which.max(initial=-1)) + 1, dtype=np.int64)
     if shares is not None and n_levels > 1:
         ranked = which[np.argsort(shares[which], kind="stable")]
-        levels[ranked] = np.arange(len(ranked)) * n_levels // len(ranked)
+        # In whole numbers: rounding would put a point more than its due on a level.
+        levels[ranked] = (np.arange(len(ranked)) * STEPS + offsets.integers(STEPS)) * n_levels // (
+            max(len(ranked), 1) * STEPS)
     return levels

@@ -317,11 +317,16 @@ def load_search(path: Path) -> tuple[SearchSpec, list[Cell]]:
         raise SpecError(f"found {found!r}, expected 'simmem.search-spec/1'" if "schema" in data else
                         "is missing; expected schema = 'simmem.search-spec/1'", file=str(path), key="schema")
     spec = validate(SearchSpec, data, file=str(path))
+    names = {grid.name for grid in spec.grid} - {None}
+    if len(names) < len(spec.grid) and len(spec.grid) > 1 and any(map(_is_refined, spec.grid)):
+        raise SpecError("one of several grids is refined, and what is added could be a cell of another: give each grid "
+                        "a name of its own", file=str(path), key="grid")
     cells: dict[str, Cell] = {}
+    added = 0
     for index, grid in enumerate(spec.grid):
         key = f"grid.{index}"
         n = grid.sample.cells + grid.sample.refine if grid.sample and grid.is_sampled else grid.space.size()
-        if n + len(cells) > MAX_CELLS:
+        if n + len(cells) + added > MAX_CELLS:
             raise SpecError(f"opens up more than {MAX_CELLS} cells", file=str(path), key=key)
         try:
             points = grid.points()
@@ -335,7 +340,13 @@ def load_search(path: Path) -> tuple[SearchSpec, list[Cell]]:
                                 "name", file=str(path), key=key)
             mine.setdefault(cell.id, cell)
         cells |= mine
+        added += grid.sample.refine if grid.sample and grid.is_sampled else 0
     return spec, list(cells.values())
+
+
+def _is_refined(grid: Grid) -> bool:
+    """Whether cells may be added to it."""
+    return grid.is_sampled and grid.sample is not None and grid.sample.refine > 0
 
 
 def _may_repeat(grid: Grid, cell: Cell) -> bool:
