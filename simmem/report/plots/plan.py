@@ -15,6 +15,7 @@ from simmem.planner.question import Question
 from simmem.planner.replan import candidate_of
 from simmem.policy.base import policy_named
 from simmem.policy.drafting import drafted
+from simmem.report.plan import step_words, weights_words
 from simmem.report.plots.style import (
     GREY,
     INK,
@@ -61,10 +62,9 @@ def plot_plan(path: Path, plan: Plan, question: Question) -> None:
     """
     timeline = _steady_step(plan, question)
     w, p = plan.workload, plan.predicted
-    step = "token" if w.batch == 1 else f"step of {w.batch} tokens"
     with picture(path) as figure:
         heading(figure, f"{plain(question.model.name)} on {plain(question.device.name)}: {plan.policy.name}, "
-                        f"{w.label} weights, {format_quantity(p.token_latency_s, 's')} a {step}",
+                        f"{weights_words(plan)}, {format_quantity(p.token_latency_s, 's')} a {step_words(plan)}",
                 f"{plain(question.device.title, 50, prose=True)} · {w.prompt_tokens} prompt tokens, {w.new_tokens} "
                 f"new, batch {w.batch} · {evidence_in_words(plan)}")
         n_streams = len(_busy(timeline))
@@ -248,7 +248,7 @@ def _front(figure: Figure, axes: Axes, plan: Plan, device: Device, columns: int 
         log_ticks(axes.yaxis, low, high)
     else:
         axes.set_ylim(0.0, 1.1 * high)
-    show_units(axes.yaxis, "Time of a token" if w.batch == 1 else f"Time of {w.batch} tokens", "s", p.token_latency_s)
+    show_units(axes.yaxis, f"Time of a {step_words(plan)}", "s", p.token_latency_s)
     right = 1.08 * max(_place(a, device)[0] for a in entries)
     fast = [tier for tier in plan.memory if tier != device.storage]
     for tier in fast if len(fast) == 1 else ():
