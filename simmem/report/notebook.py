@@ -7,17 +7,11 @@ from html import escape
 
 from simmem.planner.document import Plan
 from simmem.planner.explain import rate_words
+from simmem.report.plan import caveat, quality_words, step_words, weights_words
 from simmem.units import format_quantity
 
 __all__ = ["html_of"]
 
-_CAVEATS = {
-    "measured": "rests on measured figures",
-    "datasheet": "rests on data-sheet figures: real rates are lower",
-    "derived": "rests on figures derived from others",
-    "fitted": "rests on figures fitted to published runs",
-    "estimated": "rests on ESTIMATED figures: read the interval, not the number",
-}
 _CELL = "padding:0.15em 1.2em 0.15em 0;vertical-align:top;text-align:left"
 _WHOLE = ";white-space:nowrap"
 
@@ -25,24 +19,23 @@ _WHOLE = ";white-space:nowrap"
 def html_of(plan: Plan) -> str:
     """A plan as one self-contained HTML table. Names of any origin are escaped; colours are the notebook's own."""
     p, w, e = plan.predicted, plan.workload, plan.evidence
-    step = "token" if w.batch == 1 else f"step of {w.batch} tokens"
+    step = step_words(plan)
     low, high = p.token_latency_interval_s
     trace = "no trace" if plan.trace is None else (
         f"{'SYNTHETIC' if plan.trace.kind == 'synthetic' else 'captured'} trace {plan.trace.name}")
-    quality = plan.quality.perplexity_ratio
     rows: list[tuple[str, str]] = [
         (f"a {step}", f"{_s(p.token_latency_s)}, 90 % interval {_s(low)} to {_s(high)}"),
         ("tokens a second", f"{rate_words(p.decode_tokens_per_s)} while decoding, {rate_words(p.tokens_per_s)} with "
                             f"the prompt"),
         ("first token", f"after {_s(p.first_token_s)}; loading takes {_s(p.load_s)}"),
         ("bound", f"no plan can beat {_s(plan.bound.token_latency_s)} ({plan.bound.resource})"),
-        ("quality", f"perplexity × {quality:.3g} of the dense model's" if quality is not None else
-                    plan.quality.source or "not known"),
-        ("evidence", f"{_CAVEATS.get(e.weakest_kind, e.weakest_kind)}; {trace}"
+        ("quality", quality_words(plan)),
+        ("evidence", f"{caveat(plan).removesuffix('.')}; {trace}"
                      + ("; search gap " + format_quantity(e.search_gap, "ratio") if e.search_gap is not None else ""))]
     knobs = ", ".join(f"{name} = {value}" for name, value in plan.policy.knobs.items())
     head = (f"<caption style='caption-side:top;text-align:left'><b>{escape(plan.model)} on {escape(plan.device)}: "
-            f"{escape(plan.policy.name)}, {escape(w.label)} weights, {escape(_s(p.token_latency_s))} a {step}</b><br>"
+            f"{escape(plan.policy.name)}, {escape(weights_words(plan))}, {escape(_s(p.token_latency_s))} a {step}</b>"
+            "<br>"
             f"{w.prompt_tokens} prompt tokens, {w.new_tokens} new; {escape(knobs)}</caption>")
     tiers = [(f"{tier}", f"{_b(use.used_bytes)} of {_b(use.budget_bytes)}", "; ".join(
         f"{placed.tensors} {_b(placed.bytes)}" for placed in plan.residency if placed.tier == tier))

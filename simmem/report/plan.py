@@ -47,10 +47,12 @@ def _table(*columns: str) -> Table:
     return table
 
 
-def caveat(plan: Plan, device: Device) -> str:
-    """What an answer can be worth, by the weakest figure that it rests on."""
-    estimated = sum(f.kind == "estimated" for f in device.figures().values())
+def caveat(plan: Plan, device: Device | None = None) -> str:
+    """What an answer can be worth, by the weakest figure that it rests on; with a device, how many are estimated."""
     said = CAVEATS.get(plan.evidence.weakest_kind, "What this plan rests on is not known.")
+    if device is None:
+        return said
+    estimated = sum(f.kind == "estimated" for f in device.figures().values())
     return said if not estimated else (
         f"{said} {estimated} of the {len(device.figures())} figures of {device.name} are estimated "
         f"(`simmem devices {device.name}`).")

@@ -104,6 +104,13 @@ def test_a_frame_is_drawn_with_units_and_legible(frame: Any, value: str, unit: s
     assert_legible(axes.get_figure())
 
 
+def test_devices_without_that_memory_are_left_out(frame: Any) -> None:
+    assert frame.device[0] == "iphone15" and frame.vram_bytes.isna()[0]  # its memory is shared
+    axes = pictures.by_budget(frame, budget="vram_bytes")
+    (budget,) = frame.vram_bytes.dropna().unique()
+    assert axes.get_xlim() == (0.0, pytest.approx(1.04 * budget)) and "rtx4090-pc" in axes.get_title(loc="left")
+
+
 def test_curves_rows_and_runs_are_drawn_with_units_and_legible(tmp_path: Path) -> None:
     axes = pictures.miss_ratio(replay_answer("moe-8x3m-router", policies=["lru", "window", "belady"]))
     assert units(axes) == ("MB", "%")
@@ -138,6 +145,7 @@ def test_what_cannot_be_drawn_is_one_clear_line(planned: Plan, frame: Any, tmp_p
             (lambda: pictures.sensitivity(planned.model_copy(update={"sensitivity": []})), "no sensitivities"),
             (lambda: pictures.by_budget(frame, "latency"), "expected one of token_latency_s"),
             (lambda: pictures.by_budget(frame.drop(columns="dram_bytes")), "no column 'dram_bytes'"),
+            (lambda: pictures.by_budget(frame[frame.device == "iphone15"], budget="vram_bytes"), "and 'vram_bytes'"),
             (lambda: pictures.devices(frame[frame.status == "infeasible"]), "no row has a figure"),
             (lambda: pictures.predicted_and_measured(tmp_path / "r.json"), "no rows of plans that were run"),
             (lambda: pictures.residency({}), "found no plan")):

@@ -121,3 +121,7 @@ def test_a_plan_in_a_notebook_is_a_table_that_runs_no_code_of_others(tmp_path: P
     assert "<script" not in shown and "&lt;script&gt;" in shown
     assert "90 % interval" in shown and "ESTIMATED" in shown and "dram" in shown
     assert "http" not in shown  # nothing is fetched
+    drafted = plan.model_copy(update={"workload": plan.workload.model_copy(update={
+        "batch": 8, "draft_length": 2, "weights": "file"})})
+    shown = drafted._repr_html_()
+    assert shown is not None and "a token of each of 8 sequences" in shown and "weights as in the file" in shown

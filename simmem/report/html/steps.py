@@ -7,11 +7,11 @@ from typing import Any
 
 import numpy as np
 
+from simmem.report.closeup import begin_s, close_up, worked
 from simmem.sim.timeline import Timeline
 
 __all__ = ["Steps"]
 
-CLOSE_UP_LAYERS = 3
 NANOSECONDS = 1e9
 
 
@@ -25,25 +25,20 @@ class Steps:
 
     def whole(self, timeline: Timeline) -> dict[str, Any]:
         """Every op of the timed step."""
-        return self._written(timeline, self._worked(timeline), 0.0, timeline.token_s)
+        return self._written(timeline, worked(timeline), 0.0, timeline.token_s)
 
     def close_up(self, timeline: Timeline) -> dict[str, Any]:
         """What happens from the begin to the end of the arithmetic of some layers in the middle."""
-        s, begin = timeline.schedule, self._begin_s(timeline)
-        worked = self._worked(timeline)
-        computes = worked & np.array([c.agent is not None for c in s.classes])[s.op_class]
-        layers = np.unique(s.op_layer[computes])
-        first = max((len(layers) - CLOSE_UP_LAYERS) // 2, 0)
-        ops = np.flatnonzero(computes & np.isin(s.op_layer, layers[first: first + CLOSE_UP_LAYERS]))
-        if not len(ops):
+        found, begin = close_up(timeline), begin_s(timeline)
+        if found is None:
             return self.whole(timeline)
-        low, high = float(timeline.start_s[ops].min()) - begin, float(timeline.free_s[ops].max()) - begin
-        seen = worked & (timeline.free_s - begin > low) & (timeline.start_s - begin < high)
-        return self._written(timeline, seen, low, high)
+        seen = (worked(timeline) & (timeline.free_s - begin > found.low_s)
+                & (timeline.start_s - begin < found.high_s))
+        return self._written(timeline, seen, found.low_s, found.high_s)
 
     def _written(self, timeline: Timeline, which: Any, low_s: float, high_s: float) -> dict[str, Any]:
         """`ops`: stream, kind, layer, start and length of each, one after the other; times are of the step. [ns]"""
-        s, begin = timeline.schedule, self._begin_s(timeline)
+        s, begin = timeline.schedule, begin_s(timeline)
         flat: list[int] = []
         for op in np.flatnonzero(which).tolist():
             what = s.classes[int(s.op_class[op])]
@@ -53,15 +48,6 @@ class Steps:
                      max(round(float(timeline.free_s[op] - timeline.start_s[op]) * NANOSECONDS), 1)]
         return {"token_s": timeline.token_s, "from_s": low_s, "to_s": high_s, "engine": timeline.engine, "ops": flat,
                 "busy_s": {name.removeprefix("link."): held for name, held in timeline.busy_s.items() if held > 0}}
-
-    @staticmethod
-    def _worked(timeline: Timeline) -> Any:
-        return (timeline.free_s > timeline.start_s) & timeline.schedule.timed
-
-    @staticmethod
-    def _begin_s(timeline: Timeline) -> float:
-        ends = timeline.token_end_s
-        return float(ends[-2]) if len(ends) > 1 else 0.0
 
 
 def _place(known: list[Any], one: Any) -> int:

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
 from simmem.planner.candidate import Candidate, blocks, stratified_rows
 from simmem.planner.document import Alternative, Plan
@@ -15,6 +14,8 @@ from simmem.planner.question import Question
 from simmem.planner.replan import candidate_of
 from simmem.policy.base import policy_named
 from simmem.policy.drafting import drafted
+from simmem.report.closeup import begin_s, close_up, worked
+from simmem.report.plan import step_words, weights_words
 from simmem.report.plots.style import (
     GREY,
     INK,
@@ -51,7 +52,6 @@ _WORDS = {
 }
 _DARK = (OpKind.IO, OpKind.COMPUTE, OpKind.SYNC)
 """Bars that white letters are read on."""
-_CLOSE_UP_LAYERS = 3
 
 
 def plot_plan(path: Path, plan: Plan, question: Question) -> None:
@@ -61,10 +61,9 @@ def plot_plan(path: Path, plan: Plan, question: Question) -> None:
     """
     timeline = _steady_step(plan, question)
     w, p = plan.workload, plan.predicted
-    step = "token" if w.batch == 1 else f"step of {w.batch} tokens"
     with picture(path) as figure:
         heading(figure, f"{plain(question.model.name)} on {plain(question.device.name)}: {plan.policy.name}, "
-                        f"{w.label} weights, {format_quantity(p.token_latency_s, 's')} a {step}",
+                        f"{weights_words(plan)}, {format_quantity(p.token_latency_s, 's')} a {step_words(plan)}",
                 f"{plain(question.device.title, 50, prose=True)} · {w.prompt_tokens} prompt tokens, {w.new_tokens} "
                 f"new, batch {w.batch} · {evidence_in_words(plan)}")
         n_streams = len(_busy(timeline))
@@ -140,20 +139,15 @@ def _busy(timeline: Timeline) -> dict[str, float]:
     return {name: seconds / timeline.token_s for name, seconds in timeline.busy_s.items() if seconds > 0}
 
 
-def _begin_s(timeline: Timeline) -> float:
-    ends = timeline.token_end_s
-    return float(ends[-2]) if len(ends) > 1 else 0.0
-
-
 def _gantt(axes: Axes, timeline: Timeline, low_s: float, high_s: float, *, named: bool) -> None:
     """Bars of every op between two times after the start of the step; `named` writes on them what they are.
 
     Steps repeat: what was read for this step before it began stands, paler, where the next step's reads begin.
     """
-    s, begin = timeline.schedule, _begin_s(timeline)
+    s, begin = timeline.schedule, begin_s(timeline)
     busy = _busy(timeline)
     rows = {s.streams.index(name): row for row, name in enumerate(busy)}
-    for op in np.flatnonzero(_worked(timeline)):
+    for op in np.flatnonzero(worked(timeline)):
         what, row = s.classes[int(s.op_class[op])], rows[int(s.op_stream[op])]
         start, free = timeline.start_s[op] - begin, timeline.free_s[op] - begin
         for left, right, alpha in ((max(start, 0.0), free, 1.0),
@@ -178,34 +172,26 @@ def _gantt(axes: Axes, timeline: Timeline, low_s: float, high_s: float, *, named
     show_units(axes.xaxis, "Time in the step", "s", high_s)
 
 
-def _worked(timeline: Timeline) -> NDArray[np.bool_]:
-    """Ops of the step that held their stream, shape (n_ops,)."""
-    held: NDArray[np.bool_] = (timeline.free_s > timeline.start_s) & timeline.schedule.timed
-    return held
-
-
 def _legend_of_kinds(axes: Axes, timeline: Timeline) -> None:
     from matplotlib.patches import Patch
 
-    s, worked = timeline.schedule, _worked(timeline)
-    there = {s.classes[k].kind for k in np.unique(s.op_class[worked])}
+    s, held = timeline.schedule, worked(timeline)
+    there = {s.classes[k].kind for k in np.unique(s.op_class[held])}
     handles = [Patch(color=colour, label=_WORDS[kind]) for kind, colour in _COLOURS.items() if kind in there]
-    if timeline.start_s[worked].min(initial=np.inf) < _begin_s(timeline):
+    if timeline.start_s[held].min(initial=np.inf) < begin_s(timeline):
         handles.append(Patch(color=GREY, alpha=0.45, label="paler: for the next step"))
     axes.legend(handles=handles, loc="upper left", bbox_to_anchor=(1.01, 1.1), borderaxespad=0.0)
 
 
 def _close_up(axes: Axes, timeline: Timeline) -> str:
     """Three layers from the middle; which they are."""
-    s, begin = timeline.schedule, _begin_s(timeline)
-    computes = _worked(timeline) & np.array([c.agent is not None for c in s.classes])[s.op_class]
-    layers = np.unique(s.op_layer[computes])
-    first = max((len(layers) - _CLOSE_UP_LAYERS) // 2, 0)
-    chosen = layers[first: first + _CLOSE_UP_LAYERS]
-    ops = np.flatnonzero(computes & np.isin(s.op_layer, chosen))
-    low, high = (float(at) - begin for at in (timeline.start_s[ops].min(), timeline.free_s[ops].max()))
-    _gantt(axes, timeline, max(low, 0.0), high, named=True)
-    return f"layers {chosen[0]} to {chosen[-1]}" if len(chosen) > 1 else f"layer {chosen[0]}"
+    found = close_up(timeline)
+    if found is None:
+        _gantt(axes, timeline, 0.0, timeline.token_s, named=True)
+        return "no layer computes"
+    _gantt(axes, timeline, max(found.low_s, 0.0), found.high_s, named=True)
+    first, last = found.layers[0], found.layers[-1]
+    return f"layers {first} to {last}" if last != first else f"layer {first}"
 
 
 # --- the front -----------------------------------------------------------------------------------------------------
@@ -248,7 +234,7 @@ def _front(figure: Figure, axes: Axes, plan: Plan, device: Device, columns: int 
         log_ticks(axes.yaxis, low, high)
     else:
         axes.set_ylim(0.0, 1.1 * high)
-    show_units(axes.yaxis, "Time of a token" if w.batch == 1 else f"Time of {w.batch} tokens", "s", p.token_latency_s)
+    show_units(axes.yaxis, f"Time of a {step_words(plan)}", "s", p.token_latency_s)
     right = 1.08 * max(_place(a, device)[0] for a in entries)
     fast = [tier for tier in plan.memory if tier != device.storage]
     for tier in fast if len(fast) == 1 else ():

@@ -45,12 +45,12 @@ def by_budget(frame: pandas.DataFrame, value: str = "token_latency_s", *, budget
     ----------
     value : a column: token_latency_s, decode_tokens_per_s, tokens_per_s, first_token_s, storage_bytes_per_token,
         energy_j_per_token or held_bytes.
-    budget : dram_bytes or vram_bytes.
+    budget : dram_bytes or vram_bytes; rows of devices that have no such memory are left out.
 
     Raises
     ------
     SpecError
-        The frame is of something else, or has no row with that figure.
+        The frame is of something else, or has no row with that figure and that budget.
     """
     words, dimension, rows = _read(frame, value, {budget})
     names = _names(rows, leave_out=(budget,))
@@ -142,15 +142,18 @@ def devices(frame: pandas.DataFrame, value: str = "token_latency_s", *, ax: Axes
 
 
 def _read(frame: pandas.DataFrame, value: str, needed: set[str]) -> tuple[str, str, list[dict[str, Any]]]:
-    """Words and dimension of a column, and the frame's rows. Raises SpecError where there is nothing to draw."""
+    """Words and dimension of a column, and the rows that have what is `needed`.
+
+    Raises SpecError where there is nothing to draw.
+    """
     if value not in _SHOWN:
         raise SpecError(f"found {value!r}, expected one of {', '.join(_SHOWN)}", key="value")
     missing = {value, "device", "status", *needed} - set(frame.columns)
     if missing:
         raise SpecError(f"has no column {min(missing)!r}; expected a frame of simmem.sweep", key="frame")
-    rows: list[dict[str, Any]] = frame.to_dict("records")
+    rows: list[dict[str, Any]] = frame.dropna(subset=sorted(needed)).to_dict("records")
     if not any(_known(row, value) for row in rows):
-        raise SpecError(f"no row has a figure in {value!r}", key="frame")
+        raise SpecError(f"no row has a figure in {' and '.join(map(repr, (value, *sorted(needed))))}", key="frame")
     words, dimension, _ = _SHOWN[value]
     return words, dimension, rows
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from simmem.errors import SpecError
 from simmem.report.plots.style import FAINT, GREY, INK, MARKERS, PALETTE, log_ticks, panel, plain, show_units
+from simmem.spec.jsonfile import read_json
 from simmem.units import format_quantity
 from simmem.validation.reference import Reproduction, RowResult
 from simmem.validation.runs import ROW_TOLERANCE
@@ -36,12 +36,12 @@ def predicted_and_measured(record: str | Path | Mapping[str, Any] | Iterable[Map
 
     Parameters
     ----------
-    record : a document of `validate --json` or `run --json`, rows of such, or the path of one.
+    record : a document of `validate --json` or `run --json`, the path of one, or rows of such.
 
     Raises
     ------
     SpecError
-        It holds no rows.
+        It cannot be read as a JSON object, or holds no rows.
     """
     rows, what = _rows(record)
     storages = sorted({row["storage"] for row in rows})
@@ -98,14 +98,7 @@ def _rows(record: Any) -> tuple[list[Mapping[str, Any]], str]:
     if isinstance(record, (str, Path)):
         path = Path(record)
         name = plain(f"{path.parent.name}/{path.name}" if path.name == "validate.json" else path.name, 48)
-        try:
-            if path.stat().st_size > _MOST_BYTES:
-                raise SpecError(f"is larger than a record can be ({_MOST_BYTES} bytes)", file=str(path))
-            record = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise SpecError(f"cannot be read: {error.strerror or error}", file=str(path)) from None
-        except (ValueError, RecursionError) as error:
-            raise SpecError(f"is not a JSON document: {error}", file=str(path)) from None
+        record = read_json(path, what="a record of runs", max_bytes=_MOST_BYTES)
     if isinstance(record, Mapping):
         rows = record.get("rows", [record])
         name = name if name != "a record" else str(record.get("device", name))
