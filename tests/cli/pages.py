@@ -20,7 +20,7 @@ from simmem.cli import main
 
 __all__ = ["HOSTILE", "PLAN", "Pages", "Parsed", "digest", "parsed"]
 
-HOSTILE = "<img src=x onerror=window.hacked=1></script><script>window.hacked=1</script>\u2028'\"&"
+HOSTILE = "<img src=x onerror=window.hacked=1></script><script>window.hacked=1</script>'\"&"
 
 
 @dataclass
