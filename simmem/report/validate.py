@@ -18,7 +18,6 @@ import numpy as np
 
 from simmem.errors import CalibrationError, MachineError, SpecError
 from simmem.planner.candidate import Candidate
-from simmem.planner.predict import timelines
 from simmem.planner.question import ask
 from simmem.report.baselines import time_today
 from simmem.report.calibration import calibrate_device, raw_path
@@ -275,7 +274,7 @@ def _cells(asked: Ladder, device: str) -> list[Cell]:
 def _plan(length: Length, step: Step) -> _Plan:
     least, most = length.tokens
     task = task_of(step.candidate, int(np.clip(length.pass_s / step.expected_s, least, most)))
-    return _Plan(step, task, timelines(step.candidate, task.rows))
+    return _Plan(step, task, task.predicted())
 
 
 def _emulable(plans: list[_Plan], threads: int | None, left_out: dict[str, str]) -> list[_Plan]:

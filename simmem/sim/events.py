@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -26,7 +26,7 @@ from simmem.errors import SpecError
 from simmem.schedule import Durations, Schedule
 from simmem.sim.timeline import Timeline
 
-__all__ = ["Contention", "contends", "events", "fair_speeds"]
+__all__ = ["Contention", "contends", "events", "fair_speeds", "interference_caps"]
 
 _FINISHED = 1e-15
 """A flow with less work left than this share of the time so far has ended: that much is rounding."""
@@ -307,7 +307,9 @@ class _Fluid:
         if asked <= 1.0:
             return [1.0] * len(together)
         if together not in self.known:
-            self.known[together] = fair_speeds([self.draw[k] for k in together], self.available, self._caps(together))
+            draws = [self.draw[k] for k in together]
+            caps = interference_caps(draws, [self.agent[k] for k in together], self.rules)
+            self.known[together] = fair_speeds(draws, self.available, caps)
         return self.known[together]
 
     def ended(self, now: float) -> list[int]:
@@ -323,18 +325,25 @@ class _Fluid:
         self.changed = True
         return [f.stream for f in over]
 
-    def _caps(self, together: tuple[int, ...]) -> list[float]:
-        """The largest speed that measured interference leaves each of the classes that flow together."""
-        caps = [1.0] * len(together)
-        if not self.rules:
-            return caps
-        for i, victim in enumerate(together):
-            for j, other in enumerate(together):
-                pair = self.agent[victim], self.agent[other]
-                if i != j and pair[0] and pair[1]:
-                    for resource in self.draw[victim].keys() & self.draw[other].keys():
-                        caps[i] = min(caps[i], self.rules.get((pair[0], pair[1], resource), 1.0))
+
+def interference_caps(draws: Sequence[Mapping[str, float]], agents: Sequence[str | None],
+                      rules: Mapping[tuple[str, str, str], float]) -> list[float]:
+    """The largest speed that measured interference leaves each of the flows that run together.
+
+    Parameters
+    ----------
+    draws, agents : of each flow, what it draws of every resource [B/s], and who draws it.
+    rules : (victim, other, resource) → share of its speed that the victim keeps.
+    """
+    caps = [1.0] * len(draws)
+    if not rules:
         return caps
+    for i, (mine, victim) in enumerate(zip(draws, agents, strict=True)):
+        for j, (theirs, other) in enumerate(zip(draws, agents, strict=True)):
+            if i != j and victim and other:
+                for resource in mine.keys() & theirs.keys():
+                    caps[i] = min(caps[i], rules.get((victim, other, resource), 1.0))
+    return caps
 
 
 def fair_speeds(draws: list[dict[str, float]], available: Mapping[str, float], caps: list[float]) -> list[float]:

@@ -11,7 +11,7 @@ import simpy
 from numpy.typing import NDArray
 
 from simmem.schedule import Durations, Schedule
-from simmem.sim.events import Contention, fair_speeds
+from simmem.sim.events import Contention, fair_speeds, interference_caps
 from simmem.sim.timeline import Timeline
 
 __all__ = ["simulate"]
@@ -177,8 +177,9 @@ class _Fluid:
         together = tuple([f.demand for f in flows])
         speeds = self.known.get(together)
         if speeds is None:
-            speeds = self.known[together] = fair_speeds([self.draw[k] for k in together], self.available,
-                                                        self._caps(together))
+            draws = [self.draw[k] for k in together]
+            caps = interference_caps(draws, [self.agent[k] for k in together], self.rules)
+            speeds = self.known[together] = fair_speeds(draws, self.available, caps)
         soonest = float("inf")
         for one, speed in zip(flows, speeds, strict=True):
             one.speed = speed
@@ -201,16 +202,3 @@ class _Fluid:
         for one in ended:
             one.done.succeed()
         self.changed = True
-
-    def _caps(self, together: tuple[int, ...]) -> list[float]:
-        """The largest speed that measured interference leaves each of the classes that flow together."""
-        caps = [1.0] * len(together)
-        if not self.rules:
-            return caps
-        for i, victim in enumerate(together):
-            for j, other in enumerate(together):
-                pair = self.agent[victim], self.agent[other]
-                if i != j and pair[0] and pair[1]:
-                    for resource in self.draw[victim].keys() & self.draw[other].keys():
-                        caps[i] = min(caps[i], self.rules.get((pair[0], pair[1], resource), 1.0))
-        return caps

@@ -6,6 +6,7 @@ and the limits that every cell has to keep. Nothing is planned here.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -84,13 +85,13 @@ class Limits(Frozen):
 class _Entry(Frozen):
     """An entry of a part of the grid: values of some axes, and the name of those that are not listed alone."""
 
+    @abstractmethod
     def axes(self) -> dict[str, Axis]:
         """Its axes; one that has nothing to choose has one value."""
-        raise NotImplementedError
 
+    @abstractmethod
     def told(self, values: dict[str, Any]) -> tuple[str, dict[str, Any]]:
         """(label, what the question says) of one value of each axis."""
-        raise NotImplementedError
 
     def labelled(self, label: str) -> str:
         """A label under the name of the entry, which stands alone where there is one combination."""
