@@ -20,6 +20,7 @@ from simmem.policy.families.flash_window import FlashWindow
 from simmem.runtime.execute import drive, staging
 from simmem.runtime.execute.drive import plain_reads, settle
 from simmem.runtime.execute.engine import Engine
+from simmem.runtime.execute.memory import _places
 from simmem.runtime.execute.rounds import NO_TIME, Rounds, run_rounds, write_files
 from simmem.runtime.execute.session import How, Run, Session, open_session
 from simmem.runtime.execute.task import task_of
@@ -109,6 +110,20 @@ def test_streams_move_whole_blocks(model: Model, knobs: dict[str, Any], tmp_path
     stages = len(task_of(one, 6).layout.layers) + 1
     said = float(plan.schedule.timed_bytes["link.flash"][0])
     assert said <= run.counted.moved_bytes[0] < said + stages * BLOCK
+
+
+def test_a_layer_is_not_read_into_what_was_just_computed_with(model: Model, tmp_path: Path) -> None:
+    """Narrow layers take turns through the room of the widest, and each lies whole within it."""
+    streamed = np.array([2, 2, 1, 5, 4, 2]) * BLOCK
+    places = np.array(_places(streamed.tolist()))
+    assert places.tolist() == [0, 2 * BLOCK, 4 * BLOCK, 0, 0, 0]
+    with open_session(task_of(candidate(model, "stream", {**STREAM, "resident_ratio": 0.0}), 2),
+                      How(threads=1, scratch=tmp_path)) as session:
+        task, memory = session.task, session.memory
+        parts = [memory.staging(where, where) for where in range(len(task.streamed))]
+        assert [part.host.nbytes for part in parts] == list(task.streamed) == [part.near.nbytes for part in parts]
+        begins = np.array([part.host.ctypes.data for part in parts])
+        assert (begins - begins.min()).tolist() == _places(task.streamed)
 
 
 def test_an_op_waits_where_a_read_stands_before_it_and_nothing_beside(model: Model) -> None:

@@ -174,7 +174,7 @@ class Engine:
         asked = None
         if memory.host_copy is None:
             asked = in_chunks(whole.offset + whole.n_bytes - n_bytes, n_bytes, int(STREAM_CHUNK_BYTES),
-                              memory.staging[stage % len(memory.staging)].host)
+                              memory.staging(where, stage).host)
         name = "head weights" if where == self._layers else "weights"
         self._fetched[stage] = self._move(number, name, where, asked, task.hops, n_bytes, stage)
 

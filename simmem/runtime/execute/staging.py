@@ -36,6 +36,10 @@ class Buffer:
     pinned: torch.Tensor
     """`host` as a tensor, for copies."""
 
+    def part(self, begin: int, end: int) -> Buffer:
+        """Some of its bytes. [B]"""
+        return Buffer(self.host[begin:end], self.near[begin:end], self.pinned[begin:end])
+
 
 def buffer(n_bytes: int, device: torch.device, *, apart: bool) -> Buffer:
     """A buffer of whole pages; `apart`: what is read there has to be copied to the computing device. [B]"""
