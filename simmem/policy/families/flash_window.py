@@ -84,9 +84,10 @@ class FlashWindow:
         return "prefetch_layers" not in fixed and unmeasured(context, structural)
 
     def refine(self, context: Context, block: Block, fixed: Mapping[str, object]) -> Block:
-        """Add, for every window, the largest share of attention that leaves room for all of it.
+        """Add, for every window, the largest share of attention that leaves room for all of it, and for the prompt.
 
-        What is held grows linearly in the share, so the ends of the range give the answer.
+        What is held is the larger of what decoding and what the prompt needs, each linear in the share (the prompt's
+        is convex where the head is larger than a layer, so that its chord is above it): the ends give the answer.
         """
         if "attention_resident" in fixed or block.structural["predictor"] == "none":
             return block
@@ -96,11 +97,13 @@ class FlashWindow:
         fast = context.memory_of(str(block.structural["agent"]))
         windows = one.columns["window_tokens"].astype(np.int64)
         cache = context.table.held_units.max(axis=0).sum(axis=0)[windows] * context.unit_bytes * (windows > 0)
-        empty, full = (self._fixed(context, end) + self._staging(context, end) for end in (
-            Block(one.structural, {**one.columns, "attention_resident": np.full(one.n_candidates, share)})
-            for share in (0.0, 1.0)))
-        room = context.budget_bytes[fast] - cache - empty
-        share = np.where(full > empty, room / np.maximum(full - empty, 1.0), 1.0) * (1 - 1e-9)
+        empty, full = (Block(one.structural, {**one.columns, "attention_resident": np.full(one.n_candidates, share)})
+                       for share in (0.0, 1.0))
+        share = np.ones(one.n_candidates)
+        for buffers, kept in ((self._staging, cache), (self._prefill_staging, 0.0)):  # as `_buffers` adds them up
+            least, most = (self._fixed(context, end) + buffers(context, end) for end in (empty, full))
+            room = context.budget_bytes[fast] - kept - least
+            share = np.minimum(share, np.where(most > least, room / np.maximum(most - least, 1.0), 1.0) * (1 - 1e-9))
         fitting = one.only(np.flatnonzero((share > 0) & (share < 1)))
         added = {**fitting.columns, "attention_resident": share[(share > 0) & (share < 1)]}
         return Block(block.structural, {k: np.concatenate([v, added[k]]) for k, v in block.columns.items()})
