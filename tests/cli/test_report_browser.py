@@ -168,8 +168,9 @@ def test_a_faster_plan_that_is_not_recommended_is_named_where_it_is_set_aside(br
     browser.press("#link", RIGHT)  # it was run with every link as it is
     assert browser.all_texts("#what-if circle.beside") == []
     assert browser.text("#memory-beside") == ""
+    browser.press("#link", LEFT)
+    assert said in browser.text("#memory-beside")
     browser.choose("#tier", "dram")
-    browser.click("#reset")
     assert browser.text("#memory-beside") == ""
     browser.assert_accessible()
     browser.assert_quiet(pages.of_outgrown_plan)

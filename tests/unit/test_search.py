@@ -387,7 +387,7 @@ def test_no_memory_is_left_idle_where_attention_is_read_for_every_token(model: s
         assert fitted.n_candidates > 0
         assert (used <= budget).all()
         assert (used >= budget * 0.999).all()
-        latencies.append(search(question, "fp16").ranked[0].score_s)
+        latencies.append(ranking.search(question, "fp16").ranked[0].score_s)
     steps = -np.diff(latencies)
     assert (steps > 0).all()
     assert steps.max() < 2 * steps.min()  # as smooth as bytes are
