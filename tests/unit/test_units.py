@@ -96,7 +96,8 @@ def test_gb_is_not_gib() -> None:
 @pytest.mark.parametrize(("value", "dimension", "digits", "text"), [
     (999.99e6, "bytes", 3, "1 GB"), (999.4e6, "bytes", 3, "999 MB"), (999.5e9, "bytes_per_s", 3, "1 TB/s"),
     (999.94e6, "bytes", 4, "999.9 MB"), (99.7e6, "bytes", 2, "100 MB"), (9.996, "bytes", 3, "10 B"),
-    (999.6e-6, "s", 3, "1 ms"), (999.6, "s", 3, "1000 s"), (12345.6, "s", 3, "12346 s"), (-999.99e6, "bytes", 3, "-1 GB"),
+    (999.6e-6, "s", 3, "1 ms"), (999.6, "s", 3, "1000 s"), (12345.6, "s", 3, "12346 s"),
+    (-999.99e6, "bytes", 3, "-1 GB"),
 ])
 def test_a_number_is_rounded_before_its_prefix_is_chosen(value: float, dimension: str, digits: int, text: str) -> None:
     assert format_quantity(value, dimension, digits) == text
