@@ -12,7 +12,9 @@ import math
 import numpy as np
 from numpy.typing import NDArray
 
+from simmem.cost.roofline import capacity_bytes_per_s
 from simmem.policy.context import Context
+from simmem.policy.families._fair_share import fair_share
 from simmem.policy.families._tier_bytes import Layout
 from simmem.policy.families._tier_schedule import IN_SERIES, tier_schedule
 from simmem.schedule import DRAFT, DemandClass, OpKind, Phase, Schedule
@@ -36,19 +38,70 @@ def least_rows(context: Context, at: Layout, phase: Phase) -> list[Array]:
               for what, aside in zip(schedule.classes, beside, strict=True)]
     n_stages = context.model.architecture.n_layers + 1
 
-    def by_stage(mine: NDArray[np.bool_]) -> Array:
+    def by_stage(mine: NDArray[np.bool_], amounts: Array) -> Array:
         found = np.zeros((n_stages, seconds.shape[1]))
-        np.add.at(found, place[mine], took[mine])
+        np.add.at(found, place[mine], amounts[mine])
         return found
 
     of_weights = np.array([name.startswith("weights.") for name in names])[schedule.op_class[ops]]
-    done = by_stage(np.array(waited)[schedule.op_class[ops]])
+    # What waits for a copy waits for its latency too; the link does not.
+    late = np.array([context.device.link[what.link].latency.value if what.link else 0.0 for what in schedule.classes])
+    whole = seconds + late[:, None] * schedule.present
+    done = by_stage(np.array(waited)[schedule.op_class[ops]], whole[schedule.op_class[ops]])
     streams = range(len(schedule.streams))
     rows = [took[schedule.op_stream[ops] == stream].sum(axis=0) for stream in streams]
-    brought = [by_stage(of_weights & (schedule.op_stream[ops] == stream)) for stream in streams]
+    brought = [by_stage(of_weights & (schedule.op_stream[ops] == stream), took) for stream in streams]
     ends = np.array([what.kind in (OpKind.SYNC, OpKind.DRAFT) for what in schedule.classes])[schedule.op_class[ops]]
+    rows += _sharing_host(context, schedule, seconds, np.array(waited)[:, None] * whole)
+    into_gpu = [brought[k] for k, name in enumerate(schedule.streams) if name.startswith("link.")
+                and context.device.link[name.removeprefix("link.")].target == context.memory_of(at.gpu)]
+    if phase is Phase.DECODE:  # what the first stage waits for may be copied once the last layer before it is done
+        rows += [done[:-1].sum(axis=0) + each[0] for each in into_gpu]
     rows += [done.sum(axis=0), *_ways_through(done, took[ends].sum(axis=0), [b for b in brought if b.any()], phase)]
     return list(np.unique(np.array(rows), axis=0))
+
+
+def _sharing_host(context: Context, schedule: Schedule, seconds: Array, waited: Array) -> list[Array]:
+    """Ways to share the host's memory between the CPU and copies, each (n,). [s]
+
+    All users of it together get its rate C. While other ops than the CPU's run, S seconds one after another, only
+    copies use it, at L bytes a second at most: of B bytes in a step of T seconds B ≤ L·S + C·(T - S).
+
+    A link that is busy for W seconds gets at least its fair share F of the memory, whoever else uses it, and leaves the
+    CPU R = C - F. The CPU needs D seconds at its own rate r, and the link is busy for at least W - S of T - S: so
+    T - S ≥ D + (1 - R/r)·(W - S). With everything else that may use the memory F is small; without some links it is
+    larger, but for the V seconds only that these take: W - S - V.
+
+    seconds : (n_classes, n) least of each class. [s]
+    waited : (n_classes, n) the same of those whose ops run one after another, latencies with them; 0 of others. [s]
+    """
+    device, cpu = context.device, context.host_agent
+    moved = schedule.bytes.get(f"memory.{device.host}")
+    if cpu is None or moved is None or device.interference:
+        return []
+    uses = np.bincount(schedule.op_class[schedule.timed], minlength=len(schedule.classes))
+    agent, links = device.agent[cpu], [k for k in device.link.values() if device.host in (k.source, k.target)]
+    rate = float(capacity_bytes_per_s(device, f"memory.{device.host}"))
+    own = agent.rate.value * (1.0 if device.cost_model else agent.rate_share.value)
+    if agent.attention_rate is not None:
+        own = agent.attention_rate.value
+    helping = np.array([what.agent == cpu for what in schedule.classes])
+    read = uses[helping] @ moved[helping] * _uncached(schedule, cpu, agent, own)
+    elsewhere = uses[~helping] @ waited[~helping]
+    copied = min(sum(k.rate.value for k in links), rate)
+    rows = [(uses[~helping] @ moved[~helping] + read + (rate - copied) * elsewhere) / rate]
+    busy = {name: uses @ (seconds * np.array([what.link == name for what in schedule.classes])[:, None])
+            for name, link in device.link.items() if link in links}
+    least = {name: fair_share(context, name, list(busy)) for name in busy}
+    for name, mine in busy.items():
+        beside, most = [name], fair_share(context, name, [name])
+        for other in sorted(busy, key=lambda k: device.link[k].rate.value):
+            if other != name and fair_share(context, name, [*beside, other]) >= most:
+                beside.append(other)
+        away = sum((busy[k] * device.link[k].rate.value / least[k] for k in busy if k not in beside), 0.0 * elsewhere)
+        for share, alone in ((least[name], mine), (most, mine - away)):
+            rows.append(read / own + elsewhere + max(1.0 - (rate - share) / own, 0.0) * (alone - elsewhere))
+    return rows
 
 
 def _ways_through(done: Array, after: Array, brought: list[Array], phase: Phase) -> list[Array]:

@@ -16,8 +16,10 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from simmem.cost.roofline import capacity_bytes_per_s, durations
 from simmem.policy.context import Context
 from simmem.policy.families._dense import READER_THREADS
+from simmem.policy.families._fair_share import fair_share
 from simmem.policy.families._tier_bytes import BUFFERS, Layout, held, kv_batch_bytes, route, stage_bytes
 from simmem.policy.families._unpack import unpacking
 from simmem.policy.layer_kinds import ffn_work
@@ -30,7 +32,6 @@ from simmem.policy.ops import (
     Ops,
 )
 from simmem.schedule import OpKind, Phase, Schedule
-from simmem.spec.device import Device
 from simmem.spec.precision import matrix_bytes_per_param
 
 __all__ = ["IN_SERIES", "tier_schedule"]
@@ -97,15 +98,12 @@ def _parts(context: Context, at: Layout, ops: Ops) -> _Parts:
     # With one GPU batch a layer waits for the activations of the one before; with several they come meanwhile.
     waits, meanwhile = np.where(n == 1, vectors, 0.0), np.where(n > 1, vectors, 0.0)
     near = 1.0 - far
-    attention = ops.attention(
-        at.gpu, ops.n_tokens, ops.context_flop * near, ops.context_bytes * near, kernels=n * CONTEXT_KERNELS,
-        release={fast: fetched * room, host: np.where(far > 0, 0.0, at.kv.storage * room)})
+    attention = _attention(ops, at, at.gpu, near, {
+        fast: fetched * room, host: np.where(far > 0, 0.0, at.kv.storage * room)})
     far_attention: Demand | None = None
     early = [np.zeros(len(n))] * len(stages)
     if cpu:
-        far_attention = ops.attention(
-            cpu, ops.n_tokens, ops.context_flop * far, ops.context_bytes * far, kernels=n * CONTEXT_KERNELS,
-            release={host: np.where(far > 0, at.kv.storage * room, 0.0)})
+        far_attention = _attention(ops, at, cpu, far, {host: np.where(far > 0, at.kv.storage * room, 0.0)})
         if context.agent(cpu).h2d_overlaps_cpu is False:
             far_attention = far_attention[0], f"link.{to_gpu[-1]}"
         else:
@@ -122,7 +120,7 @@ def _parts(context: Context, at: Layout, ops: Ops) -> _Parts:
         ops.move("state", fetched * kv + at.hidden.away * meanwhile, to_gpu, copies=n, staged=fetched * room),
         ops.move("activations in", at.hidden.away * waits, to_gpu),
         _projections(ops, at),
-        ops.move("to the CPU", far * (made + vectors), to_host, copies=n),
+        _to_cpu(ops, at, far, to_host),
         attention, far_attention,
         ops.move("from the CPU", far * vectors, to_gpu, copies=n),
         [_unpack(ops, at, name) for name in context.layers.names],
@@ -140,30 +138,43 @@ def _parts(context: Context, at: Layout, ops: Ops) -> _Parts:
 
 def _early_shares(ops: Ops, at: Layout, far: Array, to_gpu: tuple[str, ...], to_host: tuple[str, ...]) -> list[Array]:
     """Share of each stage's weights that can be copied out of host memory until the CPU has attended for the layer
-    before, at the achieved rates: an engine that gives the small copies precedence does as well."""
-    context, device, model = ops.context, ops.context.device, ops.context.model
-    gpu, cpu, layers = context.agent(at.gpu), context.agent(str(context.host_agent)), model.architecture.n_layers
-    precision = gpu.computes_as(context.group_precision(model.mixer.name))
-    flop = 2.0 * ops.n_tokens * model.mixer.matrix_params / layers
-    read = at.n_batches * ops.read_bytes(at.gpu, model.mixer.name, model.mixer.matrix_params / layers, 0.0)
-    projecting = read / (gpu.rate.value * gpu.rate_share.value)
-    if precision is not None:
-        projecting = np.maximum(projecting, flop / (gpu.flop_per_s[precision].value * gpu.flop_share.value))
-    sent = context.kv_token_bytes * ops.n_tokens / layers + context.activation_bytes(ops.n_tokens)
-    rate = cpu.rate.value * cpu.rate_share.value if cpu.attention_rate is None else cpu.attention_rate.value
-    until = projecting + far * (sent / _slowest(device, to_host) + ops.context_bytes / layers / rate)
+    before, while both have its memory: an engine that gives the small copies precedence does as well."""
+    context, device, stages = ops.context, ops.context.device, stage_bytes(ops.context)
+    cpu, one = str(context.host_agent), Ops(ops.context, len(far), agents=ops.agents, phase=ops.phase, depth=ops.depth)
+    asked = [_projections(one, at), *_to_cpu(one, at, far, to_host)]
+    attention, feeds = _attention(one, at, cpu, far), [_feed(one, at, kind) for kind in range(len(stages) - 1)]
+    for what in (*asked, attention, *feeds):
+        last = one.op(what)
+    schedule = one.build(last)
+    took = durations(schedule, device)
+    slowest = min(to_gpu, key=lambda name: device.link[name].rate.value)
+    copying_at = fair_share(context, slowest, [slowest])
+    left = float(capacity_bytes_per_s(device, f"memory.{device.host}")) - copying_at
+    attending = np.maximum(took.occupancy_s[attention[0]], schedule.bytes[f"memory.{device.host}"][attention[0]] / left)
+    until = sum((took.occupancy_s[k] + took.latency_s[k] for k, _ in asked), attending)
+    whole = until + np.max([took.occupancy_s[k] for k, _ in feeds], axis=0)
+    arriving = device.link[to_gpu[-1]].latency.value
     found = []
-    for shares, n_bytes in zip([at.weights] * (len(stage_bytes(context)) - 1) + [at.head], stage_bytes(context),
-                               strict=True):
-        copying = shares.away * n_bytes / _slowest(device, to_gpu)
-        share = np.minimum(until / np.maximum(copying, 1e-300), shares.host / np.maximum(shares.away, 1e-300))
+    for shares, n_bytes in zip([at.weights] * (len(stages) - 1) + [at.head], stages, strict=True):
+        copying = shares.away * n_bytes / copying_at
+        # Where a layer waits for its weights, it begins when the last copy's latency is over, and the next copy before.
+        share = (until + np.where(copying > whole, arriving, 0.0)) / np.maximum(copying, 1e-300)
+        share = np.minimum(share, shares.host / np.maximum(shares.away, 1e-300))
         found.append(np.where(far > 0, np.minimum(share, 1.0), 0.0))
     return found
 
 
-def _slowest(device: Device, links: tuple[str, ...]) -> float:
-    """Rate of the slowest of some links. [B/s]"""
-    return min(device.link[name].rate.value for name in links)
+def _to_cpu(ops: Ops, at: Layout, far: Array, to_host: tuple[str, ...]) -> list[Demand]:
+    """New keys and values, and queries, for what the CPU attends to in one layer."""
+    context = ops.context
+    made = context.kv_token_bytes * ops.n_tokens / context.model.architecture.n_layers
+    return ops.move("to the CPU", far * (made + context.activation_bytes(ops.n_tokens)), to_host, copies=at.n_batches)
+
+
+def _attention(ops: Ops, at: Layout, agent: str, share: Array, release: dict[str, Array] | None = None) -> Demand:
+    """A share of one layer's attention to the context, for all GPU batches."""
+    return ops.attention(agent, ops.n_tokens, ops.context_flop * share, ops.context_bytes * share,
+                         kernels=at.n_batches * CONTEXT_KERNELS, release=release)
 
 
 def _done(context: Context, at: Layout, stage: int) -> dict[str, Array]:
@@ -247,6 +258,7 @@ def tier_schedule(context: Context, at: Layout, phase: Phase, n_tokens: int) -> 
             return ()  # nothing follows the prompt here
         where, token = place % per, place // per
         free: tuple[int | None, ...] = ()
+        found: tuple[int | None, ...] = ()
         if place >= BUFFERS:
             free = (computed[place - BUFFERS],) if what == "weights" else attended[place - BUFFERS]
         if what == "weights":
@@ -261,10 +273,11 @@ def tier_schedule(context: Context, at: Layout, phase: Phase, n_tokens: int) -> 
                 # What is copied early lies in host memory; only the rest waits for a read.
                 issued[what, step, place] = ops.chain(demands, deps=free if step == "early" else waited, token=token,
                                                       layer=where)
-            waited = (*waited, *issued[what, step, place])
+            mine = issued[what, step, place]
+            waited, found = (waited, (*found, *mine)) if step == "early" else ((*waited, *mine), (*found, *mine))
             if step == upto:
                 break
-        return issued[what, upto, place]
+        return found
 
     for token in range(n_tokens):
         for layer in range(n_stages):

@@ -35,6 +35,8 @@ SPLITS = 24
 """Ways to cut the sequences into GPU batches that are searched."""
 ROUNDING = 1.0 - 1e-8
 """Share of a budget that the linear programme fills: what it places must still fit when it is added up again."""
+NEARLY = 1e-11
+"""Share of the keys and values that the CPU has where its part goes to nothing."""
 SURVIVORS = 8
 """Best of them, by the linear programme, that are scored."""
 CORNERS = 4
@@ -216,6 +218,8 @@ def _problems(context: Context, gpu: str, ways: Sequence[tuple[int, bool]]) -> l
     basis[1:] = np.eye(6).reshape(6, 3, 2) * 100.0
     n, steps = len(basis), context.workload.decode_steps
     columns = {name: np.tile(basis[:, i], (len(ways), 1)) for i, name in enumerate(PERCENTS)}
+    # Where the CPU attends it has a part, however small: what that takes beside its bytes is in every row.
+    columns["kv_percent"][:, 0] *= np.where(np.repeat([helps for _, helps in ways], n), 1.0 - NEARLY, 1.0)
     at = layout(context, Block({"agent": gpu}, {
         **columns, "n_gpu_batches": np.repeat([batches for batches, _ in ways], n),
         "cpu_attention": np.repeat([helps for _, helps in ways], n)}))
@@ -279,12 +283,20 @@ def _least_s(context: Context, block: Block) -> dict[str, float]:
     """What no shares on the tiers beat with the GPU batches of a block of one candidate, (1,): a decode step for each
     token that it yields ("step"), and the prompt with all decode steps ("total"). [s]"""
     at, new = layout(context, block), context.workload.new_tokens
-    way = int(at.n_batches[0]), bool(at.cpu_attention[0])
     known = _ways(context, at.gpu)
-    problem = known[way] if way in known else _problems(context, at.gpu, [way])[0]
-    step, total = (tier_shares(problem, objective) for objective in ("step", "total"))
-    found = {} if step is None or new < 2 else {"step": step.seconds / (new - 1)}
-    return found if total is None else {**found, "total": total.seconds}
+    # With all keys and values on the GPU the CPU has nothing to attend to, whether it may or not.
+    nothing_away = {1: np.array([1.0, 0.0])}
+    cases = [(bool(at.cpu_attention[0]), {}), *([(False, nothing_away)] if at.cpu_attention[0] else [])]
+    least: dict[str, float] = {}
+    for helps, given in cases:
+        way = int(at.n_batches[0]), helps
+        problem = known[way] if way in known else _problems(context, at.gpu, [way])[0]
+        for objective in ("step", "total"):
+            found = tier_shares(problem, objective, given)
+            if found is not None and (objective == "total" or new > 1):
+                seconds = found.seconds / (1 if objective == "total" else new - 1)
+                least[objective] = min(least.get(objective, math.inf), seconds)
+    return least
 
 
 def _notes(context: Context, block: Block, at: Layout) -> list[str]:
