@@ -269,7 +269,7 @@ class HotCold:
     def _used_rows(self, context: Context, block: Block, rows: NDArray[np.int64]) -> tuple[Array, Array]:
         """Neurons a token uses on the GPU and on the CPU, both (n_layers, candidates × rows), rows fastest."""
         table = self._table(context, str(block.structural["predictor"]))
-        active = table.active[rows].astype(np.float64)
+        active = table.used_by(rows).astype(np.float64)
         if block.structural["predictor"] == "none":
             active = np.repeat(table.units[None].astype(np.float64), len(rows), axis=0)
         by_class = active.transpose(2, 1, 0)[:, :, None, :]  # (C, L, 1, T)
