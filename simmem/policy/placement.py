@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Balance", "Placed", "Stage", "balanced", "stage_seconds"]
+__all__ = ["Balance", "Placed", "Stage", "balanced", "first_of_classes", "stage_seconds"]
 
 Array = NDArray[np.float64]
 _SLACK = 1e-9
@@ -94,8 +94,7 @@ class Balance:
         """The placement under each capacity, (n_rooms,). [B]"""
         rooms = np.maximum(np.asarray(rooms_bytes, np.float64), 0.0)
         taken = np.array([self._followed(room) for room in rooms.tolist()]).T
-        return Placed(self, rooms, np.array([np.round(one / stage.unit_bytes)
-                                             for stage, one in zip(self.stages, taken, strict=True)]))
+        return Placed(self, rooms, np.round(taken / np.array([[stage.unit_bytes] for stage in self.stages])))
 
     def bound_s(self, rooms_bytes: Array) -> Array:
         """No placement under a capacity takes less. [s]"""
@@ -141,7 +140,7 @@ class Placed:
     @cached_property
     def units(self) -> tuple[Array, ...]:
         """Per stage (C, n_rooms): whole units of each class."""
-        return tuple(_first_units(stage, n) for stage, n in zip(self.balance.stages, self.counts, strict=True))
+        return tuple(first_of_classes(stage.units, n) for stage, n in zip(self.balance.stages, self.counts, strict=True))
 
     @cached_property
     def seconds(self) -> Array:
@@ -162,10 +161,10 @@ class Placed:
         return np.where(share > _ROUNDING, share, 0.0)
 
 
-def _first_units(stage: Stage, counts: Array) -> Array:
-    """Units of each class among the first `counts` (n,) of a stage, (C, n)."""
-    before = np.cumsum(stage.units) - stage.units
-    return np.asarray(np.clip(counts[None, :] - before[:, None], 0.0, stage.units[:, None]))
+def first_of_classes(units: Array, counts: Array) -> Array:
+    """Units of each class among the first `counts` (…, n) of stages with classes of `units` (…, C), (…, C, n)."""
+    before = np.cumsum(units, axis=-1) - units
+    return np.asarray(np.clip(counts[..., None, :] - before[..., None], 0.0, units[..., None]))
 
 
 class _Curve:
