@@ -84,11 +84,6 @@ class Balance:
         self._filled = np.cumsum(self._whole.length_bytes)
         self._known: dict[float, Array] = {}
         self._least = min(stage.unit_bytes for stage in stages) * (1 - _SLACK)
-        relaxed = _steepest_first([curve.relaxed for curve in self._curves])
-        # Seconds of all stages over the bytes in fast memory, when nothing has to be whole.
-        self._bound_at = np.append(0.0, np.cumsum(relaxed.length_bytes))
-        self._bound_s = sum(float(curve.relaxed[1][0]) for curve in self._curves) + np.append(
-            0.0, np.cumsum(relaxed.length_bytes * relaxed.slope))
 
     def at(self, rooms_bytes: Array) -> Placed:
         """The placement under each capacity, (n_rooms,). [B]"""
@@ -98,7 +93,15 @@ class Balance:
 
     def bound_s(self, rooms_bytes: Array) -> Array:
         """No placement under a capacity takes less. [s]"""
-        return np.interp(rooms_bytes, self._bound_at, self._bound_s)
+        return np.interp(rooms_bytes, *self._bound)
+
+    @cached_property
+    def _bound(self) -> tuple[Array, Array]:
+        """Seconds of all stages over the bytes in fast memory, when nothing has to be whole: (bytes, seconds)."""
+        relaxed = _steepest_first([curve.relaxed for curve in self._curves])
+        return np.append(0.0, np.cumsum(relaxed.length_bytes)), sum(
+            float(curve.relaxed[1][0]) for curve in self._curves) + np.append(
+                0.0, np.cumsum(relaxed.length_bytes * relaxed.slope))
 
     def _followed(self, room: float) -> Array:
         """Bytes of every stage in fast memory when the curves' hulls are followed, steepest first, (n_stages,). [B]"""
@@ -140,7 +143,8 @@ class Placed:
     @cached_property
     def units(self) -> tuple[Array, ...]:
         """Per stage (C, n_rooms): whole units of each class."""
-        return tuple(first_of_classes(stage.units, n) for stage, n in zip(self.balance.stages, self.counts, strict=True))
+        return tuple(first_of_classes(stage.units, each)
+                     for stage, each in zip(self.balance.stages, self.counts, strict=True))
 
     @cached_property
     def seconds(self) -> Array:

@@ -66,6 +66,7 @@ class HotCold:
     name = "hot-cold"
     summary = "frequently used neurons on the GPU, the others on the CPU beside it"
     uses_trace = True
+    same_at_every_budget = True
 
     def why_not(self, context: Context) -> str | None:
         """Why this policy cannot plan a context with a trace; None where it can."""
