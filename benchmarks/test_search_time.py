@@ -28,6 +28,13 @@ CASES: dict[str, dict[str, Any]] = {
     "FlexGen's T4, opt-30b, 144 sequences": {"device": "flexgen-t4", "model": "opt-30b", "weights": "fp16",
                                              "prompt": 512, "new_tokens": 32, "batch": 144,
                                              "objective": "throughput"},
+    "FlexGen's T4, opt-175b, 256 sequences": {"device": "flexgen-t4", "model": "opt-175b", "weights": "fp16",
+                                              "prompt": 512, "new_tokens": 32, "batch": 256,
+                                              "objective": "throughput"},
+    "PowerInfer's PC-High, opt-175b": {"device": "powerinfer-pc-high", "model": "opt-175b"},
+    "rtx4090-pc, opt-66b": {"device": "rtx4090-pc", "model": "opt-66b"},
+    "rtx4090-pc, deepseek-v3": {"device": "rtx4090-pc", "model": "deepseek-v3"},
+    "rtx4090-pc, qwen3-235b-a22b": {"device": "rtx4090-pc", "model": "qwen3-235b-a22b"},
     "h100-sxm, llama-2-70b": {"device": "h100-sxm", "model": "llama-2-70b"},
     "iphone15, opt-6.7b": {"device": "iphone15", "model": "opt-6.7b"},
 }

@@ -93,6 +93,7 @@ def _scale(suffix: str, unit: str, prefixes: dict[str, float]) -> float | None:
 def format_quantity(value: float, dimension: str, digits: int = 3) -> str:
     """A value in SI base units as a person reads it: `digits` significant ones, a decimal prefix.
 
+    It is rounded before the prefix is chosen: 999.99 MB is 1 GB.
     "s" takes m, µ and n; bytes and rates take k, M, G, T; ratios and shares become per cent.
     """
     if not math.isfinite(value):
@@ -104,9 +105,10 @@ def format_quantity(value: float, dimension: str, digits: int = 3) -> str:
         return f"0 {unit}"
     small = dimension == "s" or dimension.startswith("joule")
     ladder = {"": 1.0, "m": 1e-3, "µ": 1e-6, "n": 1e-9, "p": 1e-12} if small else _DECIMAL
-    fitting = [k for k, v in ladder.items() if abs(value) >= v]
+    rounded = abs(float(f"{value:.{digits}g}"))
+    fitting = [k for k, v in ladder.items() if rounded >= v]
     prefix = max(fitting, key=ladder.__getitem__) if fitting else min(ladder, key=ladder.__getitem__)
     scale = ladder[prefix]
     number = value / scale
-    text = f"{number:.{digits}g}" if abs(number) < 10**digits else f"{number:.0f}"
+    text = f"{number:.{digits}g}" if rounded < scale * 10**digits else f"{number:.0f}"
     return f"{text} {prefix}{unit}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from simmem.errors import SpecError, TraceError
@@ -65,6 +65,9 @@ class Question:
     """As it was given."""
     drafts_tried: tuple[tuple[int, float], ...] = ()
     """(tokens drafted for a step, what the objective asks for) where that was searched."""
+    scores: dict[tuple[object, ...], dict[tuple[object, ...], float]] = field(default_factory=dict, compare=False,
+                                                                              repr=False)
+    """Steps that a search found, for the same question at other budgets: see `ranking.search`. [s]"""
 
     def context(self, weights: str) -> Context:
         """Everything a policy needs at one precision."""

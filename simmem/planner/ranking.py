@@ -102,14 +102,14 @@ def search(question: Question, weights: str) -> Found:
                 continue
             kept = np.flatnonzero(cut.fits)
             block, held = block.only(kept), cut.fast_bytes[kept]
-            seconds = score(policy, context, block, stratified_rows(context, policy, 1))
+            seconds = _scored(question, policy, context, block, stratified_rows(context, policy, 1))
             fastest[kind] = min(fastest.get(kind, float("inf")), float(seconds.min()))
             pool += [Candidate(context, policy, block.only(np.array([i])), float(seconds[i]), float(held[i]))
                      for i in _survivors(seconds, held)]
         for kind in dict.fromkeys(_way_of_knowing(c.block) for c in pool):
             alike = [c for c in pool if _way_of_knowing(c.block) == kind]
             kept_of_kind = _survivors(np.array([c.score_s for c in alike]), np.array([c.fast_bytes for c in alike]))
-            ranked += _rescore(policy, context, [alike[i] for i in kept_of_kind], question.objective == "throughput")
+            ranked += _rescore(question, policy, context, [alike[i] for i in kept_of_kind])
     ranked.sort(key=lambda c: c.score_s)
     # That the CPU could hold and multiply everything is no reason to leave the GPU beside it without work.
     fits = any(c.policy.name == "resident" and c.block.structural["agent"] == context.fastest_agent for c in ranked)
@@ -195,10 +195,24 @@ def _survivors(seconds: Array, held_bytes: Array) -> list[int]:
     return list(dict.fromkeys([*fastest.tolist(), *lean.tolist()]))
 
 
-def _rescore(policy: Policy, context: Context, pool: list[Candidate], with_prompt: bool) -> list[Candidate]:
+def _scored(question: Question, policy: Policy, context: Context, block: Block, rows: NDArray[np.int64]) -> Array:
+    """`score`, of each candidate once for all budgets where those have no part in what a step of the policy demands."""
+    if not getattr(policy, "same_at_every_budget", False):
+        return score(policy, context, block, rows)
+    alike = policy.name, context.workload.weights, *block.structural.items(), *block.columns, *rows.tolist()
+    known = question.scores.setdefault(alike, {})
+    each = list(zip(*(column.tolist() for column in block.columns.values()), strict=True)) or [()]
+    new = [i for i, knobs in enumerate(each) if knobs not in known]
+    if new:
+        seconds = score(policy, context, block.only(np.array(new)), rows).tolist()
+        known.update(zip((each[i] for i in new), seconds, strict=True))
+    return np.array([known[knobs] for knobs in each])
+
+
+def _rescore(question: Question, policy: Policy, context: Context, pool: list[Candidate]) -> list[Candidate]:
     """Score candidates on up to eight tokens, and their prompts where those count; those of one structure in one block.
     """
-    rows = stratified_rows(context, policy, SCORING_ROWS)
+    rows, with_prompt = stratified_rows(context, policy, SCORING_ROWS), question.objective == "throughput"
     if len(rows) == 1 and not with_prompt:
         return pool
     groups: dict[tuple[tuple[str, object], ...], list[Candidate]] = {}
@@ -209,7 +223,7 @@ def _rescore(policy: Policy, context: Context, pool: list[Candidate], with_promp
         columns = {k: np.concatenate([m.block.columns[k] for m in members]) for k in members[0].block.columns}
         block = replace(members[0].block, columns=columns)
         if len(rows) > 1:
-            seconds = score(policy, context, block, rows).tolist()
+            seconds = _scored(question, policy, context, block, rows).tolist()
             members = [replace(m, score_s=s) for m, s in zip(members, seconds, strict=True)]
         if with_prompt:
             first = prompt_seconds(policy, context, block).tolist()

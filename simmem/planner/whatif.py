@@ -20,7 +20,7 @@ from simmem.planner.candidate import Candidate, capacity_cut, stratified_rows
 from simmem.planner.document import Plan
 from simmem.planner.predict import felt, memory_use, timelines, tokens_per_s
 from simmem.planner.question import FINAL_ROWS, Question
-from simmem.planner.ranking import SCORING_ROWS, choose, event_seconds, search
+from simmem.planner.ranking import SCORING_ROWS, choose, event_seconds, is_oracle, search
 from simmem.planner.replan import candidate_of, question_of
 from simmem.planner.uncertainty import curve_factors
 from simmem.policy.base import Block, Setting
@@ -28,7 +28,7 @@ from simmem.sim.analytic import analytic
 from simmem.sim.timeline import BREAKDOWN, Timeline, critical_path
 from simmem.units import format_quantity
 
-__all__ = ["Budget", "Point", "WhatIf", "what_if"]
+__all__ = ["Aside", "Budget", "Point", "WhatIf", "what_if"]
 
 Array = NDArray[np.float64]
 
@@ -59,6 +59,15 @@ class Point:
 
 
 @dataclass(frozen=True)
+class Aside:
+    """A faster plan that is not the answer, as it leaves neurons out where all weights fit."""
+
+    policy: str
+    token_latency_s: float
+    """With every link as it is, over as many tokens as a point. [s]"""
+
+
+@dataclass(frozen=True)
 class Budget:
     """What is planned within some budgets. [B]"""
 
@@ -74,6 +83,8 @@ class Budget:
     points: tuple[tuple[Point | None, ...], ...]
     """By value of the knob and by factor; None where a value does not fit, or is none of this policy."""
     notes: tuple[str, ...]
+    aside: Aside | None
+    """None where nothing that drops work is faster."""
 
 
 @dataclass(frozen=True)
@@ -105,22 +116,22 @@ def what_if(plan: Plan, *, file: str | None = None) -> tuple[Candidate, WhatIf]:
     except SimmemError as error:  # a name or knob in the plan is wrong, so its file is
         error.file = error.file or file
         raise
-    question, replans = _to_replan(plan, base)
+    question, replans, own = _to_replan(plan, base)
     steps = timelines(base, stratified_rows(base.context, base.policy, SCORING_ROWS))
     shared = any(step.engine != "analytic" for step in steps)
     limit = SHARED_ROWS if shared else SCORING_ROWS
-    chosen = [("", dict(base.context.budget_bytes), base, ()), *(
-        (tier, budget, *_planned(question, budget, plan.workload.weights))
+    chosen = [("", dict(base.context.budget_bytes), replace(own, candidate=base)), *(
+        (tier, budget, _planned(question, budget, plan.workload.weights))
         for tier, budget in _budgets(base, shared))]
-    candidates = [c for _, _, c, _ in chosen if c is not None]
+    candidates = [choice.candidate for _, _, choice in chosen if choice.candidate is not None]
     link = _link(candidates, limit)
     knob = next((k for k in base.policy.knobs(base.context) if k.kind == "demand" and _is_number(k.values[0])), None)
     values: tuple[float | None, ...] = (None,) if knob is None else (None, *_thinned(
         [float(v) for v in knob.values if isinstance(v, (int, float))], SHARED_KNOB_VALUES if shared else KNOB_VALUES))
     factors = (1.0,) if link is None else SHARED_FACTORS if shared else FACTORS
     knob_name = None if knob is None else knob.name
-    budgets = [_answered(tier, budget, candidate, notes, base, knob_name, values, link, factors, limit)
-               for tier, budget, candidate, notes in chosen]
+    budgets = [_answered(tier, budget, choice, base, knob_name, values, link, factors, limit)
+               for tier, budget, choice in chosen]
     return base, WhatIf(
         budgets=tuple(budgets), replans=replans, tokens=limit, link=link, factors=factors,
         knob=knob_name, knob_help=knob.help if knob else "",
@@ -131,21 +142,32 @@ def what_if(plan: Plan, *, file: str | None = None) -> tuple[Candidate, WhatIf]:
 # --- which plans -----------------------------------------------------------------------------------------------------
 
 
-def _to_replan(plan: Plan, base: Candidate) -> tuple[Question, str]:
+@dataclass(frozen=True)
+class _Choice:
+    """What the planner says to a budget: a plan, or why there is none, and what would be faster but is no answer."""
+
+    candidate: Candidate | None
+    notes: tuple[str, ...] = ()
+    aside: Candidate | None = None
+
+
+def _to_replan(plan: Plan, base: Candidate) -> tuple[Question, str, _Choice]:
     """The question that planning anew answers: over every policy, unless the plan is not the answer to that one.
 
     A plan does not say whether a policy was named when it was made, or knobs held; so what is found at its own budget
-    tells.
+    tells, and is the third that is returned.
     """
     opened = base.context.replayed or base.context.routing
     every = question_of(plan, held=False, opened=opened)
-    if _is_answer(base, _planned(every, base.context.budget_bytes, plan.workload.weights)[0]):
-        return every, "among every policy"
+    own = _planned(every, base.context.budget_bytes, plan.workload.weights)
+    if _is_answer(base, own.candidate):
+        return every, "among every policy", own
     alone = question_of(plan, held=False, policy=plan.policy.name, opened=opened)
-    if _is_answer(base, _planned(alone, base.context.budget_bytes, plan.workload.weights)[0]):
-        return alone, f"with {plan.policy.name} alone, as this plan was not the best of every policy"
+    own = _planned(alone, base.context.budget_bytes, plan.workload.weights)
+    if _is_answer(base, own.candidate):
+        return alone, f"with {plan.policy.name} alone, as this plan was not the best of every policy", own
     return alone, (f"with {plan.policy.name} alone and all of its knobs free, whereas this plan holds some: at its own "
-                   "budget another choice of them would be taken")
+                   "budget another choice of them would be taken"), own
 
 
 def _is_answer(base: Candidate, found: Candidate | None) -> bool:
@@ -165,19 +187,20 @@ def _budgets(base: Candidate, shared: bool) -> list[tuple[str, dict[str, float]]
             for tier in tiers for share in shares if share != 1.0]
 
 
-def _planned(question: Question, budget: Mapping[str, float], weights: str) -> tuple[Candidate | None, tuple[str, ...]]:
+def _planned(question: Question, budget: Mapping[str, float], weights: str) -> _Choice:
     """The planner's choice within a budget; else why there is none."""
     found = search(replace(question, budget_bytes=dict(budget)), weights)
     if not found.ranked:
         if found.binding_tier is None:
-            return None, ("no policy can plan this",)
+            return _Choice(None, ("no policy can plan this",))
         missing = format_quantity(math.ceil(found.missing_bytes), "bytes")
-        return None, (f"nothing fits: {missing} more of {found.binding_tier} would be needed",)
+        return _Choice(None, (f"nothing fits: {missing} more of {found.binding_tier} would be needed",))
     best, _ = choose(found.ranked, question.objective, found.pruned_s)
-    if found.fits and question.open_choice and found.set_aside and found.set_aside[0].score_s < best.score_s:
-        return best, (f"all weights fit, so nothing is left out any more; {found.set_aside[0].policy.name} would be "
-                      "faster, and would drop work for it",)
-    return best, ()
+    # An oracle's plan is no answer at any budget; one that drops work is none from the budget on that holds everything.
+    real = [c for c in found.set_aside if not is_oracle(c)]
+    if found.fits and real and real[0].score_s < best.score_s:
+        return _Choice(best, aside=real[0])
+    return _Choice(best)
 
 
 def _link(candidates: Sequence[Candidate], limit: int) -> str | None:
@@ -208,12 +231,12 @@ def _thinned(values: Sequence[float], most: int) -> list[float]:
 # --- how fast ---------------------------------------------------------------------------------------------------------
 
 
-def _answered(tier: str, budget: dict[str, float], candidate: Candidate | None, notes: tuple[str, ...], base: Candidate,
-              knob: str | None, values: Sequence[float | None], link: str | None, factors: Sequence[float], limit: int
-              ) -> Budget:
+def _answered(tier: str, budget: dict[str, float], choice: _Choice, base: Candidate, knob: str | None,
+              values: Sequence[float | None], link: str | None, factors: Sequence[float], limit: int) -> Budget:
     """Run every value of the knob and every factor within one budget."""
+    candidate = choice.candidate
     if candidate is None:
-        return Budget(tier, budget, None, {}, {}, (), (), notes)
+        return Budget(tier, budget, None, {}, {}, (), (), choice.notes, None)
     context, policy = candidate.context, candidate.policy
     tried = [0] if policy.name != base.policy.name else list(range(len(values)))
     block = _with_values(candidate.block, knob, [values[i] for i in tried])
@@ -243,7 +266,8 @@ def _answered(tier: str, budget: dict[str, float], candidate: Candidate | None, 
         tier, budget, policy.name, candidate.knobs, {k: v.used_bytes for k, v in memory_use(candidate).items()},
         tuple({name: float(amount[at[i]]) / per for name, amount in moved.items()} if i in at else {}
               for i in range(len(values))),
-        tuple(tuple(columns[at[i]]) if i in at else (None,) * len(factors) for i in range(len(values))), notes)
+        tuple(tuple(columns[at[i]]) if i in at else (None,) * len(factors) for i in range(len(values))), choice.notes,
+        None if choice.aside is None else Aside(choice.aside.policy.name, event_seconds(choice.aside, limit)))
 
 
 def _with_values(block: Block, knob: str | None, values: Sequence[float | None]) -> Block:

@@ -166,6 +166,7 @@ class Policy(Protocol):
     sequences(fixed)               what the batch must be a multiple of by knobs that are set, and whether just that
     unmeasured(context, structural, fixed)  whether nobody measured what a combination costs, so it is not searched
     passes(context, block)         how often a step reads a weight, (n_candidates,); once where absent
+    same_at_every_budget           whether `decode` looks at no budget, so that a candidate is scored once for all
     """
 
     name: str

@@ -19,7 +19,7 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
-__all__ = ["Balance", "Placed", "Stage", "balanced", "stage_seconds"]
+__all__ = ["Balance", "Placed", "Stage", "balanced", "first_of_classes", "stage_seconds"]
 
 Array = NDArray[np.float64]
 _SLACK = 1e-9
@@ -84,22 +84,24 @@ class Balance:
         self._filled = np.cumsum(self._whole.length_bytes)
         self._known: dict[float, Array] = {}
         self._least = min(stage.unit_bytes for stage in stages) * (1 - _SLACK)
-        relaxed = _steepest_first([curve.relaxed for curve in self._curves])
-        # Seconds of all stages over the bytes in fast memory, when nothing has to be whole.
-        self._bound_at = np.append(0.0, np.cumsum(relaxed.length_bytes))
-        self._bound_s = sum(float(curve.relaxed[1][0]) for curve in self._curves) + np.append(
-            0.0, np.cumsum(relaxed.length_bytes * relaxed.slope))
 
     def at(self, rooms_bytes: Array) -> Placed:
         """The placement under each capacity, (n_rooms,). [B]"""
         rooms = np.maximum(np.asarray(rooms_bytes, np.float64), 0.0)
         taken = np.array([self._followed(room) for room in rooms.tolist()]).T
-        return Placed(self, rooms, np.array([np.round(one / stage.unit_bytes)
-                                             for stage, one in zip(self.stages, taken, strict=True)]))
+        return Placed(self, rooms, np.round(taken / np.array([[stage.unit_bytes] for stage in self.stages])))
 
     def bound_s(self, rooms_bytes: Array) -> Array:
         """No placement under a capacity takes less. [s]"""
-        return np.interp(rooms_bytes, self._bound_at, self._bound_s)
+        return np.interp(rooms_bytes, *self._bound)
+
+    @cached_property
+    def _bound(self) -> tuple[Array, Array]:
+        """Seconds of all stages over the bytes in fast memory, when nothing has to be whole: (bytes, seconds)."""
+        relaxed = _steepest_first([curve.relaxed for curve in self._curves])
+        return np.append(0.0, np.cumsum(relaxed.length_bytes)), sum(
+            float(curve.relaxed[1][0]) for curve in self._curves) + np.append(
+                0.0, np.cumsum(relaxed.length_bytes * relaxed.slope))
 
     def _followed(self, room: float) -> Array:
         """Bytes of every stage in fast memory when the curves' hulls are followed, steepest first, (n_stages,). [B]"""
@@ -141,7 +143,8 @@ class Placed:
     @cached_property
     def units(self) -> tuple[Array, ...]:
         """Per stage (C, n_rooms): whole units of each class."""
-        return tuple(_first_units(stage, n) for stage, n in zip(self.balance.stages, self.counts, strict=True))
+        return tuple(first_of_classes(stage.units, each)
+                     for stage, each in zip(self.balance.stages, self.counts, strict=True))
 
     @cached_property
     def seconds(self) -> Array:
@@ -162,10 +165,10 @@ class Placed:
         return np.where(share > _ROUNDING, share, 0.0)
 
 
-def _first_units(stage: Stage, counts: Array) -> Array:
-    """Units of each class among the first `counts` (n,) of a stage, (C, n)."""
-    before = np.cumsum(stage.units) - stage.units
-    return np.asarray(np.clip(counts[None, :] - before[:, None], 0.0, stage.units[:, None]))
+def first_of_classes(units: Array, counts: Array) -> Array:
+    """Units of each class among the first `counts` (…, n) of stages with classes of `units` (…, C), (…, C, n)."""
+    before = np.cumsum(units, axis=-1) - units
+    return np.asarray(np.clip(counts[..., None, :] - before[..., None], 0.0, units[..., None]))
 
 
 class _Curve:

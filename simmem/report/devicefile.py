@@ -20,7 +20,7 @@ from simmem.cost.figures import MeasuredFigure
 from simmem.errors import CalibrationError
 from simmem.spec.base import load_toml, validate
 from simmem.spec.device import Device, load_device
-from simmem.spec.measurement import CALIBRATED, Measurements
+from simmem.spec.measurement import CALIBRATED, Measurements, measured_by
 from simmem.units import format_quantity
 
 __all__ = ["Change", "device_name", "new_tables", "tables_of", "to_device", "toml_text", "updated_tables"]
@@ -249,8 +249,7 @@ def _title(measured: Measurements) -> str:
 
 
 def _notes(derived: Derived, measured: Measurements) -> list[str]:
-    made = ", ".join(f"{name} {version}" for name, version in sorted(measured.versions.items()))
-    return [f"Measured by simmem calibrate ({measured.mode}) on {measured.date}; {made}.", *derived.notes]
+    return [measured_by(measured), *derived.notes]
 
 
 # --- tables into text -----------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from html import escape
 
 from simmem.planner.document import Plan
 from simmem.planner.explain import rate_words
-from simmem.report.plan import caveat, quality_words, step_words, weights_words
+from simmem.report.plan import caveat, quality_words, step_words, trace_words, weights_words
 from simmem.units import format_quantity
 
 __all__ = ["html_of"]
@@ -21,8 +21,6 @@ def html_of(plan: Plan) -> str:
     p, w, e = plan.predicted, plan.workload, plan.evidence
     step = step_words(plan)
     low, high = p.token_latency_interval_s
-    trace = "no trace" if plan.trace is None else (
-        f"{'SYNTHETIC' if plan.trace.kind == 'synthetic' else 'captured'} trace {plan.trace.name}")
     rows: list[tuple[str, str]] = [
         (f"a {step}", f"{_s(p.token_latency_s)}, 90 % interval {_s(low)} to {_s(high)}"),
         ("tokens a second", f"{rate_words(p.decode_tokens_per_s)} while decoding, {rate_words(p.tokens_per_s)} with "
@@ -30,7 +28,7 @@ def html_of(plan: Plan) -> str:
         ("first token", f"after {_s(p.first_token_s)}; loading takes {_s(p.load_s)}"),
         ("bound", f"no plan can beat {_s(plan.bound.token_latency_s)} ({plan.bound.resource})"),
         ("quality", quality_words(plan)),
-        ("evidence", f"{caveat(plan).removesuffix('.')}; {trace}"
+        ("evidence", f"{caveat(plan).removesuffix('.')}; {trace_words(plan)}"
                      + ("; search gap " + format_quantity(e.search_gap, "ratio") if e.search_gap is not None else ""))]
     knobs = ", ".join(f"{name} = {value}" for name, value in plan.policy.knobs.items())
     head = (f"<caption style='caption-side:top;text-align:left'><b>{escape(plan.model)} on {escape(plan.device)}: "

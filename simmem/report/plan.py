@@ -16,7 +16,7 @@ from simmem.spec.device import Device
 from simmem.spec.precision import FILE
 from simmem.units import format_quantity
 
-__all__ = ["caveat", "print_plan", "print_simulation", "quality_words", "step_words", "weights_words"]
+__all__ = ["caveat", "print_plan", "print_simulation", "quality_words", "step_words", "trace_words", "weights_words"]
 
 CAVEATS = {
     "measured": "The figures this plan rests on were measured.",
@@ -32,7 +32,8 @@ def _b(value: float) -> str:
 
 
 def _chunk(value: float) -> str:
-    return f"{value / 1024:.3g} KiB" if value < 1 << 20 else f"{value / (1 << 20):.3g} MiB"
+    size, unit = (1 << 10, "KiB") if value < 1 << 20 else (1 << 20, "MiB")
+    return f"{value / size:.0f} {unit}" if value >= 999.5 * size else f"{value / size:.3g} {unit}"
 
 
 def _s(value: float) -> str:
@@ -61,6 +62,13 @@ def caveat(plan: Plan, device: Device | None = None) -> str:
 def weights_words(plan: Plan) -> str:
     """The precision of the weights as it reads after the name of a policy."""
     return "weights as in the file" if plan.workload.weights == FILE else f"{plan.workload.label} weights"
+
+
+def trace_words(plan: Plan) -> str:
+    """Which trace was planned with, and whether a model really ran for it."""
+    if plan.trace is None:
+        return "no trace"
+    return f"{'SYNTHETIC' if plan.trace.kind == 'synthetic' else 'captured'} trace {plan.trace.name}"
 
 
 def step_words(plan: Plan) -> str:
@@ -92,7 +100,7 @@ def print_plan(plan: Plan, device: Device) -> None:
     else:
         best = f"{plan.policy.name}, {what}: {_s(p.token_latency_s)} a {step}"
         beside = (f" (90 % interval {low} to {high})"
-                  f"\n{p.decode_tokens_per_s:.3g} tokens/s while decoding; first token after")
+                  f"\n{rate_words(p.decode_tokens_per_s)} while decoding; first token after")
     headline = Text.assemble((best, "bold green"), f"{beside} {_s(p.first_token_s)}, loading {_s(p.load_s)}"
                                                    f"\nquality: {quality_words(plan)}")
     console.print(Padding(headline, (0, 0, 1, 0), expand=False))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from rich.text import Text
 
+from simmem.planner.explain import rate_digits
 from simmem.planner.grid.document import ChangedInput, SearchCell, SearchDocument
 from simmem.report.format import console as new_console
 from simmem.report.format import markdown as _md
@@ -69,7 +70,7 @@ def _figures(cell: SearchCell) -> tuple[str, str, str, str]:
                      for key, value in cell.figures.items() if key.startswith("memory.") and value)
     searched = "" if cell.question.weights else f", {plan.workload.label}"  # else the cell's name says it
     return (f"{plan.policy.name}{searched}", format_quantity(plan.predicted.token_latency_s, "s"),
-            f"{plan.predicted.tokens_per_s:.3g}", held)
+            rate_digits(plan.predicted.tokens_per_s), held)
 
 
 def verdict_of(found: SearchDocument) -> str:

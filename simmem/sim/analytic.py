@@ -74,6 +74,7 @@ def analytic(schedule: Schedule, durations: Durations) -> AnalyticResult:
                 here = present[k]
                 free[stream] = np.where(here, busy_until, free[stream])
                 end = np.where(here, done, ready)
+        if last_use[op] == op:  # what others wait for ends before they do
             np.maximum(makespan, end, out=makespan)
         if last_use[op] > op or op in marks:
             ends[op] = end

@@ -257,14 +257,15 @@ class _Fluid:
         self.first_ends_at = _NEVER
         self.agent = [c.agent or c.link for c in schedule.classes]
         self.available = {r: contention.available(r) for r in contention.capacity_bytes_per_s}
-        self.draw: list[dict[str, float]] = [{} for _ in occupancy]
-        for resource, amount in schedule.bytes.items():
-            for draw, n_bytes, seconds in zip(self.draw, amount[:, 0].tolist(), occupancy, strict=True):
-                if n_bytes > 0 and seconds > 0:
-                    draw[resource] = n_bytes / seconds
+        seconds = np.array(occupancy)
+        draws = {resource: np.divide(amount[:, 0], seconds, out=np.zeros(len(seconds)), where=seconds > 0)
+                 for resource, amount in schedule.bytes.items()}
+        self.draws = [(resource, each.tolist()) for resource, each in draws.items()]
         # The largest share of any resource that a class asks for: while these add up to less than one, nobody waits.
-        self.most = [max((d / self.available[r] for r, d in draw.items() if r in self.available), default=0.0)
-                     for draw in self.draw] if not self.rules else [_NEVER] * len(occupancy)
+        most = np.full(len(seconds), _NEVER if self.rules else 0.0)
+        for resource in draws.keys() & self.available.keys():
+            np.maximum(most, draws[resource] / self.available[resource], out=most)
+        self.most: list[float] = most.tolist()
         self.known: dict[tuple[int, ...], list[float]] = {}
         """Speeds depend on nothing but which classes flow together, and the same ones keep meeting."""
 
@@ -307,7 +308,7 @@ class _Fluid:
         if asked <= 1.0:
             return [1.0] * len(together)
         if together not in self.known:
-            draws = [self.draw[k] for k in together]
+            draws = [{resource: each[k] for resource, each in self.draws if each[k] > 0} for k in together]
             caps = interference_caps(draws, [self.agent[k] for k in together], self.rules)
             self.known[together] = fair_speeds(draws, self.available, caps)
         return self.known[together]

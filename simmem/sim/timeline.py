@@ -62,27 +62,29 @@ def critical_path(timeline: Timeline) -> dict[str, float]:
     it on its stream) let it start; time that no op explains is `wait`.
     """
     s = timeline.schedule
-    present = s.present[s.op_class, 0]
-    before = np.full(s.n_ops, -1)
+    here = s.present[s.op_class, 0]
+    last = np.full(s.n_ops, -1)
     for stream in range(len(s.streams)):
-        queue = np.flatnonzero(present & (s.op_stream == stream))
-        before[queue[1:]] = queue[:-1]
+        queue = np.flatnonzero(here & (s.op_stream == stream))
+        last[queue[1:]] = queue[:-1]
+    present: list[bool] = here.tolist()
+    before: list[int] = last.tolist()
     total = dict.fromkeys(BREAKDOWN, 0.0)
     begin = float(timeline.token_end_s[-2]) if len(s.token_ends) > 1 else 0.0
     op: int | None = s.token_ends[-1] if s.token_ends else int(np.argmax(timeline.end_s))
     at = float(timeline.token_end_s[-1])
-    start, free, end = timeline.start_s, timeline.free_s, timeline.end_s
+    start, free, end = (times.tolist() for times in (timeline.start_s, timeline.free_s, timeline.end_s))
     while op is not None and at > begin:
-        opened = max(float(start[op]), begin)
+        opened = max(start[op], begin)
         if present[op] and at > opened:
             total[s.classes[int(s.op_class[op])].kind.value] += at - opened
             at = opened
         if at <= begin:
             break
-        options = [(float(end[d]), d) for d in s.deps[op]]
-        previous = int(before[op])
+        options = [(end[d], d) for d in s.deps[op]]
+        previous = before[op]
         if present[op] and previous >= 0:
-            options.append((float(free[previous]), previous))
+            options.append((free[previous], previous))
         if not options:
             break
         reached, op = max(options)

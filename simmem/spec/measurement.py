@@ -6,6 +6,8 @@ noise floors, device figures and fitted cost models are derived from it and can 
 
 from __future__ import annotations
 
+import re
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -14,10 +16,13 @@ from pydantic import Field, PositiveFloat
 from simmem.spec.base import Frozen, validate
 from simmem.spec.jsonfile import read_json
 
-__all__ = ["CALIBRATED", "Condition", "Measurement", "Measurements", "load_measurements"]
+__all__ = ["CALIBRATED", "Condition", "Measurement", "Measurements", "load_measurements", "measured_by",
+           "versions_said"]
 
 CALIBRATED = "simmem calibrate"
 """How the source of a figure begins that was measured on the machine itself by this program."""
+
+_MADE = re.compile(rf"Measured by {CALIBRATED} \(.*\) on \S+; (.*)\.")
 
 MAX_FILE_BYTES = 64 << 20
 
@@ -68,3 +73,16 @@ def load_measurements(path: Path) -> Measurements:
     """Read a file of measurements of at most 64 MiB; every failure is one clear `SpecError`."""
     data = read_json(path, what="a file of measurements", max_bytes=MAX_FILE_BYTES)
     return validate(Measurements, data, file=str(path))
+
+
+def measured_by(measured: Measurements) -> str:
+    """When and with which programs a machine was measured, as the first note of its device file says it."""
+    made = ", ".join(f"{name} {version}" for name, version in sorted(measured.versions.items()))
+    return f"Measured by {CALIBRATED} ({measured.mode}) on {measured.date}; {made}."
+
+
+def versions_said(notes: Iterable[str]) -> dict[str, str]:
+    """What `measured_by` said of versions, name → version, read back from a device's notes; empty where none did."""
+    found = next((match for match in map(_MADE.fullmatch, notes) if match), None)
+    pairs = [part.partition(" ") for part in found[1].split(", ")] if found else []
+    return {name: version for name, _, version in pairs if version}

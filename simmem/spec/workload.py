@@ -9,7 +9,7 @@ from simmem.errors import SpecError, UnknownNameError
 from simmem.spec.model import Model
 from simmem.spec.precision import FILE, PRECISIONS
 
-__all__ = ["MOST_DRAFTED", "Draft", "Workload", "mixed_precisions", "weights_label"]
+__all__ = ["MOST_DRAFTED", "Draft", "Workload", "mixed_precisions", "mixed_text", "weights_label"]
 
 MOST_DRAFTED = 64
 """Longer drafts are not planned: hardly any is accepted to its end."""
@@ -187,6 +187,11 @@ def mixed_precisions(given: str | Mapping[str, str]) -> tuple[tuple[str, str], .
                                 key="--weights")
         return tuple((group.strip(), precision.strip()) for group, _, precision in pairs)
     return tuple((str(group), str(precision)) for group, precision in given.items())
+
+
+def mixed_text(mixed: Mapping[str, object]) -> str:
+    """Pairs as `mixed_precisions` reads them, e.g. "attention=int4,experts=int2"; empty for none."""
+    return ",".join(f"{group}={precision}" for group, precision in mixed.items())
 
 
 def _mean_of_least(first: int, last: int, limit: int) -> float:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 from numpy.typing import NDArray
@@ -27,6 +28,8 @@ Ints = NDArray[np.int64]
 
 MAX_CLASSES = 64
 """Classes of frequency at most; of a longer profile, counts that lie next to each other share one."""
+_TOGETHER = 64
+"""Sets, of classes and tokens, that are counted at once: with fewer the calls take longer than the counting."""
 
 
 @dataclass(frozen=True)
@@ -37,9 +40,31 @@ class HotTable:
     """(L, C) mean share of the profile tokens that used a unit of the class; 0 where the class is empty."""
     units: Ints
     """(L, C) units in the class; a layer's sum to all of its units."""
-    active: Ints
-    """(T, L, C) units of the class that a timed token uses."""
     profile_tokens: int
+    classes: Words
+    """(C, L, W) the units of each class."""
+    words: Words
+    """(·, L, W) the units that each token of the trace uses."""
+    tokens: Ints
+    """(T,) those that are timed."""
+
+    @property
+    def active(self) -> Ints:
+        """(T, L, C) units of the class that a timed token uses."""
+        return self.used_by(np.arange(len(self.tokens)))
+
+    def used_by(self, rows: Ints) -> Ints:
+        """The same of some timed tokens, (n, L, C), each counted when it is first asked for: most never are."""
+        known, found = self._known
+        new = np.unique(rows[~known[rows]])
+        if len(new):
+            found[new], known[new] = _used_of(self.classes, self.units, self.words, self.tokens[new]), True
+        return found[rows]
+
+    @cached_property
+    def _known(self) -> tuple[NDArray[np.bool_], Ints]:
+        """Which tokens were counted, and what was."""
+        return np.zeros(len(self.tokens), np.bool_), np.zeros((len(self.tokens), *self.units.shape), np.int64)
 
 
 def hot_table(trace: Trace, tokens: Ints) -> HotTable:
@@ -70,8 +95,8 @@ def hot_table(trace: Trace, tokens: Ints) -> HotTable:
     added = np.zeros_like(sizes)
     for place, plane in enumerate(planes):
         added += np.array([count(units & plane) for units in classes]).T << place
-    return HotTable(added / np.maximum(sizes, 1) / len(profile), sizes, _used_of(classes, sizes, words, tokens),
-                    len(profile))
+    return HotTable(added / np.maximum(sizes, 1) / len(profile), sizes, len(profile), classes, words,
+                    tokens)
 
 
 def _added(sets: Sequence[Words]) -> list[Words]:
@@ -108,10 +133,13 @@ def _floors(seen: Sequence[int]) -> Ints:
 
 
 def _used_of(classes: Words, sizes: Ints, words: Words, tokens: Ints) -> Ints:
-    """(T, L, C) units of each class (C, L, W) that each of the tokens uses."""
+    """(T, L, C) units of each class (C, L, W), of so many units (L, C), that each of the tokens uses."""
     found = np.zeros((len(tokens), *sizes.shape), np.int64)
+    together = max(_TOGETHER // max(len(tokens), 1), 1)
     for layer, held in enumerate(sizes):
         active = np.ascontiguousarray(words[tokens, layer])  # a layer's stay in the processor's cache
-        for one in np.flatnonzero(held).tolist():
-            found[:, layer, one] = count(active & classes[one, layer])
+        some = np.flatnonzero(held)
+        for first in range(0, len(some), together):
+            which = some[first: first + together]
+            found[:, layer, which] = count(active[:, None] & classes[which, layer])
     return found

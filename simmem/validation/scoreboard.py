@@ -19,7 +19,7 @@ from simmem.spec.base import validate
 from simmem.spec.costmodel import load_cost_model
 from simmem.spec.device import load_device
 from simmem.spec.jsonfile import read_json, shown
-from simmem.spec.measurement import load_measurements
+from simmem.spec.measurement import versions_said
 from simmem.validation.reference import FAILING, RowResult, Summary, reproduce, summary_of
 from simmem.validation.verdict import LEAST_CONCLUSIVE, Validation
 from simmem.validation.verdict import Summary as RunSummary
@@ -29,7 +29,7 @@ __all__ = ["FittedCosts", "KnownMiss", "Record", "Scoreboard", "System", "fitted
            "records", "scoreboard"]
 
 MAX_DOCUMENT_BYTES = 16 << 20
-VERDICT, PREDICTIONS, RAW, DEVICE = "validate.json", "predictions.json", "here.measurements.json", "here.toml"
+VERDICT, PREDICTIONS, DEVICE = "validate.json", "predictions.json", "here.toml"
 """What `simmem validate --record` names its files."""
 
 
@@ -167,21 +167,23 @@ def read_record(path: Path, name: str) -> Record:
     folder = path if path.is_dir() else path.parent
     file = path / VERDICT if path.is_dir() else path
     recorded = path.is_dir() or path.name == VERDICT
-    beside = {what: folder / what for what in (PREDICTIONS, RAW, DEVICE) if recorded and (folder / what).is_file()}
+    beside = {what: folder / what for what in (PREDICTIONS, DEVICE) if recorded and (folder / what).is_file()}
     written = None
     if PREDICTIONS in beside:
         written = read_json(beside[PREDICTIONS], what="predictions", max_bytes=MAX_DOCUMENT_BYTES).get("written")
         if not isinstance(written, str | None):
             raise SpecError(f"found {shown(written)}, expected a date", file=str(beside[PREDICTIONS]), key="written")
-    device = load_device(str(beside[DEVICE])).title if DEVICE in beside else None
+    device = load_device(str(beside[DEVICE])) if DEVICE in beside else None
+    title = device.title if device else None
     if not file.exists() and PREDICTIONS in beside:  # it was begun, and no verdict was recorded
-        return Record(name=name, device=device, date=None, written=written, mode=None, rounds=None, took_s=None,
+        return Record(name=name, device=title, date=None, written=written, mode=None, rounds=None, took_s=None,
                       versions={}, rows={}, summaries={}, step_ratio_error=None, failed=None)
     data = read_json(file, what="a document of `simmem validate --json`", max_bytes=MAX_DOCUMENT_BYTES)
     if data.get("schema") != "simmem.validate/1":
         raise SpecError(f"found {data.get('schema')!r}, expected 'simmem.validate/1'", file=str(file), key="schema")
     ran = validate(Validation, data, file=str(file))
-    versions = dict(load_measurements(beside[RAW]).versions) if RAW in beside else {}
+    # Of the device file: an installed package has no raw measurements, and is to say the same as a checkout.
+    versions = versions_said(device.notes) if device else {}
     torch = {str(r.conditions["torch"]) for r in ran.rows if "torch" in r.conditions}
     if torch:
         versions["torch"] = ", ".join(sorted(torch))
@@ -191,7 +193,7 @@ def read_record(path: Path, name: str) -> Record:
     if not ran.conclusive:
         failed.append(f"too noisy to judge: under {100 * LEAST_CONCLUSIVE:.0f} % of the rows are conclusive")
     return Record(
-        name=name, device=device or ran.device, date=ran.date, written=written, mode=ran.mode,
+        name=name, device=title or ran.device, date=ran.date, written=written, mode=ran.mode,
         rounds=rounds if isinstance(rounds, int) else None, took_s=ran.took_s, versions=versions,
         rows=dict(Counter(r.storage for r in ran.rows)),
         summaries={storage: summary_of_runs([r for r in ran.rows if r.storage == storage])

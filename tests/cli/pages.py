@@ -113,6 +113,15 @@ class Pages:
         return self._page(self.plan, "plan.html")
 
     @cached_property
+    def of_outgrown_plan(self) -> Path:
+        """A plan that leaves neurons out; with half as much memory again all weights would fit."""
+        document = self.folder / "outgrown.json"
+        with ended(0):
+            main(["plan", "--device", "rtx4090-pc", "--model", "opt-125m", "--weights", "fp16", "--vram", "200MB",
+                  "--out", str(document)])
+        return self._page(document, "outgrown.html")
+
+    @cached_property
     def of_search(self) -> Path:
         return self._page(self.search, "search.html")
 

@@ -153,6 +153,29 @@ def test_what_if_controls_show_what_was_computed(browser: Browser, pages: Pages)
     browser.assert_quiet(page)
 
 
+def test_a_faster_plan_that_is_not_recommended_is_named_where_it_is_set_aside(browser: Browser, pages: Pages) -> None:
+    data = browser.open(pages.of_outgrown_plan).data
+    aside = next(b["aside"] for b in data["what_if"]["budgets"] if b["aside"])
+    said = f"hot-cold would take {seconds(aside['token_latency_s'])} and leave neurons out"
+    assert browser.text("#memory-beside").startswith("From 300 MB on all weights fit")
+    assert said in browser.text("#memory-beside")
+    assert len(browser.all_texts("#what-if circle.beside")) == 2
+    assert browser.all_texts("#what-if .caveat") == []
+    browser.press("#memory", RIGHT)
+    [caveat] = browser.all_texts("#what-if .caveat")
+    assert said in caveat
+    assert "[object" not in browser.text("#what-if")
+    browser.press("#link", RIGHT)  # it was run with every link as it is
+    assert browser.all_texts("#what-if circle.beside") == []
+    assert browser.text("#memory-beside") == ""
+    browser.press("#link", LEFT)
+    assert said in browser.text("#memory-beside")
+    browser.choose("#tier", "dram")
+    assert browser.text("#memory-beside") == ""
+    browser.assert_accessible()
+    browser.assert_quiet(pages.of_outgrown_plan)
+
+
 def test_a_page_fits_a_phone_and_hostile_names_do_nothing(browser: Browser, pages: Pages) -> None:
     page = pages.of_hostile_plan
     browser.open(page, width=360)

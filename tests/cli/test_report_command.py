@@ -102,6 +102,21 @@ def test_a_plan_that_was_not_the_best_is_not_replanned_as_if_it_were(small_plan:
     assert "whereas this plan holds some" in what_if(held)[1].replans
 
 
+def test_where_all_weights_fit_the_faster_plan_that_drops_work_stands_beside(simmem: Simmem, pages: Pages) -> None:
+    found = parsed(pages.of_outgrown_plan).data
+    budgets = {b["budget_bytes"]["vram"]: b for b in found["what_if"]["budgets"] if b["tier"] != "dram"}
+    assert found["plan"]["policy"]["name"] == "hot-cold"
+    assert {size: b["aside"] and b["aside"]["policy"] for size, b in budgets.items()} == {
+        1e8: None, 1.5e8: None, 2e8: None, 3e8: "hot-cold", 4e8: "hot-cold"}
+    more = budgets[3e8]
+    assert more["policy"] == "resident"
+    asked = simmem("plan", "--device", "rtx4090-pc", "--model", "opt-125m", "--weights", "fp16", "--vram", "300MB",
+                   "--policy", "hot-cold", "--json").document
+    took = more["points"][0][found["what_if"]["factors"].index(1.0)]["token_latency_s"]
+    assert more["aside"]["token_latency_s"] < took
+    assert more["aside"]["token_latency_s"] == pytest.approx(asked["predicted"]["token_latency_s"], rel=0.02)
+
+
 def test_the_timeline_is_the_one_that_simulate_writes(simmem: Simmem, pages: Pages, tmp_path: Path) -> None:
     found, trace = parsed(pages.of_plan).data, tmp_path / "t.json"
     assert simmem("simulate", pages.plan, "--tokens", 1, "--timeline", trace).code == 0

@@ -360,6 +360,9 @@ def test_the_score_does_not_depend_on_the_block(columns: int, case: Case) -> Non
     whole = score(policy, context, block, rows)
     with patch.object(candidate_module, "BLOCK_COLUMNS", columns):
         assert np.array_equal(score(policy, context, block, rows), whole), "to the last bit"
+    if columns == 1 and getattr(policy, "same_at_every_budget", False):  # then a search scores it once for all budgets
+        more = replace(context, budget_bytes={tier: 1.3 * room for tier, room in context.budget_bytes.items()})
+        assert np.array_equal(score(policy, more, block, rows), whole), "to the last bit"
 
 
 @MANY

@@ -64,6 +64,15 @@ def test_summaries_are_those_that_were_recorded() -> None:
                 assert found[key] == (None if value is None else pytest.approx(value, rel=1e-9)), (record.name, key)
 
 
+def test_versions_are_those_of_the_raw_measurements_that_an_installed_package_has_not() -> None:
+    compared = [r for r in records() if (MEASURED / r.name / "here.measurements.json").is_file()]
+    assert len(compared) >= 9
+    for record in compared:
+        raw = json.loads((MEASURED / record.name / "here.measurements.json").read_text(encoding="utf-8"))["versions"]
+        assert {k: v for k, v in record.versions.items() if k != "torch"} == {
+            k: v for k, v in raw.items() if k != "torch"}, record.name
+
+
 def test_what_a_record_lacks_is_said_to_lack() -> None:
     named = {r.name.split("/")[-1]: r for r in records()}
     again = named["opt-6.7b-again"]  # broken off: predictions and samples alone

@@ -281,6 +281,20 @@ def test_only_chosen_experts_are_fetched_where_stream_reads_all() -> None:
     assert stream.decode(context, everything, ONE).timed_bytes["link.h2d"] > experts
 
 
+def test_every_layer_fetches_what_it_misses_and_what_is_asked_for_before_it() -> None:
+    """Layer by layer and token by token: the demands of all layers are made at once."""
+    context, block = context_of("a6000", "mixtral-8x7b"), block_of([1, 4], prefetch="next-layer")
+    rows, each = rows_of(context), context.group_bytes["experts"] / 256
+    use, schedule = usage(context, block, rows), POLICY.decode(context, block, rows)
+    moved = schedule.bytes["link.h2d"][schedule.op_class]
+    names = np.array([what.name for what in schedule.classes])[schedule.op_class]
+    for name, units, early in (("missed experts", use.late, 0), ("experts asked for early", use.early + use.wasted, 1)):
+        mine, found = np.flatnonzero(names == f"{name}.h2d"), np.zeros_like(units)
+        np.add.at(found, schedule.op_layer[mine] + early, moved[mine])
+        np.testing.assert_allclose(found, units * each, rtol=1e-12)
+        assert units.any()
+
+
 def test_what_host_memory_lacks_comes_from_storage() -> None:
     """A third of the experts fit into host memory: of what the GPU misses, uniform routing finds so many there."""
     context = context_of("a6000", "mixtral-8x7b")

@@ -23,6 +23,8 @@ def test_counted_by_hand() -> None:
     assert found.profile_tokens == 3
     assert found.frequency.tolist() == [[1.0, 2 / 3, 1 / 3, 0.0]]
     assert found.units.tolist() == [[1, 1, 1, 2]]
+    assert found.used_by(np.array([1])).tolist() == [[[0, 1, 1, 1]]]
+    assert found.used_by(np.array([1, 0, 1])).tolist() == [[[0, 1, 1, 1]], [[1, 0, 0, 1]], [[0, 1, 1, 1]]]
     assert found.active.tolist() == [[[1, 0, 0, 1]], [[0, 1, 1, 1]]]
 
 

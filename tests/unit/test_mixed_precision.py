@@ -11,7 +11,7 @@ from simmem.errors import SpecError
 from simmem.planner.question import ask
 from simmem.planner.ranking import search
 from simmem.policy.base import Block, policy_named
-from simmem.spec.workload import mixed_precisions
+from simmem.spec.workload import mixed_precisions, mixed_text
 
 MIXED = {"attention": "int4", "experts": "int2"}
 
@@ -34,6 +34,7 @@ def test_groups_keep_their_own_precision_and_the_others_the_models() -> None:
 
 def test_a_text_says_the_same_as_a_table() -> None:
     assert mixed_precisions("attention=int4,experts=int2") == mixed_precisions(MIXED)
+    assert mixed_text(dict(mixed_precisions(MIXED))) == "attention=int4,experts=int2"
     assert ask("a6000", "mixtral-8x7b", weights="attention=int4,experts=int2").workload \
         == ask("a6000", "mixtral-8x7b", weights=MIXED).workload
 

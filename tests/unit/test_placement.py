@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simmem.policy.placement import Stage, balanced, stage_seconds
+from simmem.policy.placement import Stage, balanced, first_of_classes, stage_seconds
 from tests.strategies import MANY, seeds
 
 
@@ -49,6 +49,15 @@ def test_nothing_beats_the_bound_and_the_gap_says_how_far_it_can_be(rng: np.rand
         assert placed.bound_s[i] <= best * (1 + 1e-9) + 1e-12
         assert best <= placed.seconds[i] * (1 + 1e-9) + 1e-12
         assert best >= placed.seconds[i] * (1 - placed.gap[i]) * (1 - 1e-9) - 1e-12
+
+
+def test_the_first_units_of_stages_are_counted_class_by_class() -> None:
+    units, counts = np.array([[2.0, 0.0, 3.0], [1.0, 4.0, 0.0]]), np.array([[0.0, 2.0, 4.0], [1.0, 3.0, 5.0]])
+    assert first_of_classes(units, counts).tolist() == [[[0, 2, 2], [0, 0, 0], [0, 0, 2]],
+                                                        [[1, 1, 1], [0, 2, 4], [0, 0, 0]]]
+    for stage, most in zip(units, counts, strict=True):  # one by one
+        assert first_of_classes(stage, most).tolist() == first_of_classes(units, counts)[
+            units.tolist().index(stage.tolist())].tolist()
 
 
 @pytest.mark.parametrize("slow_over_fast", [2.0, 20.0, 200.0])

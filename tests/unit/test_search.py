@@ -373,6 +373,26 @@ def test_energy_by_hand(context: Context) -> None:
 # ------------------------------------------------------------------------------------------------ batches, repeats
 
 
+@pytest.mark.parametrize("model", ["llama-2-7b", "opt-6.7b"])  # a head smaller and one larger than a layer's attention
+def test_no_memory_is_left_idle_where_attention_is_read_for_every_token(model: str) -> None:
+    """Of flash-window: windows and the prompt's buffers take their room, and attention has all that is left."""
+    latencies, base = [], api.ask("iphone15", model, weights="fp16", policy="flash-window")
+    for budget in (1.6e9, 2.0e9, 2.4e9, 2.8e9):
+        question = replace(base, budget_bytes={**base.budget_bytes, "dram": budget})
+        context, policy = question.context("fp16"), policy_named("flash-window")
+        [block] = [b for b in blocks(policy, context, {"agent": "gpu", "reader_threads": 32})
+                   if b.structural["predictor"] == "low-rank"]
+        fitted = block.only(np.flatnonzero(~np.isin(block.columns["attention_resident"], (0.0, 0.5, 1.0))))
+        used = policy.footprint(context, fitted)["dram"]
+        assert fitted.n_candidates > 0
+        assert (used <= budget).all()
+        assert (used >= budget * 0.999).all()
+        latencies.append(ranking.search(question, "fp16").ranked[0].score_s)
+    steps = -np.diff(latencies)
+    assert (steps > 0).all()
+    assert steps.max() < 2 * steps.min()  # as smooth as bytes are
+
+
 def test_a_batch_reads_the_union_of_what_its_sequences_use() -> None:
     """Two sequences in step: the plan reads what either uses, counted here unit by unit."""
     model = load_model("opt-125m")

@@ -14,7 +14,7 @@ from scipy.stats import beta
 from simmem.errors import SpecError, TraceError, UnknownNameError
 from simmem.spec import library
 from simmem.spec.model import Model, load_model
-from simmem.trace import default_trace_file, open_trace, save_trace
+from simmem.trace import default_trace_file, open_trace, save_trace, synthetic
 from simmem.trace.replay import window_table
 from simmem.trace.statistics import trace_statistics
 from simmem.trace.synthetic import (
@@ -157,6 +157,14 @@ def test_the_same_seed_gives_the_same_trace_and_more_tokens_change_none():
     assert np.array_equal(long.active[:13], short.active)
     other = generate(spec.model_copy(update={"seed": spec.seed + 1}), model, 40)
     assert not np.array_equal(long.active, other.active)
+
+
+@pytest.mark.parametrize("most", [1, 203 * 5, 203 * 9])
+def test_layers_drawn_a_few_at_a_time_are_those_drawn_at_once(most, monkeypatch):
+    spec, model = spec_of("opt-published"), tiny_model(n_layers=11)
+    at_once = generate(spec, model, 7)
+    monkeypatch.setattr(synthetic, "_PART_UNITS", most)
+    assert np.array_equal(generate(spec, model, 7).active, at_once.active)
 
 
 def test_a_batch_is_the_union_of_independent_sequences():

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from simmem.errors import UnitError
-from simmem.units import DIMENSIONS, parse_quantity
+from simmem.units import DIMENSIONS, format_quantity, parse_quantity
 
 REGISTRY = pint.UnitRegistry()
 REGISTRY.define("FLOP = [operation]")
@@ -91,6 +91,25 @@ def test_gb_is_not_gib() -> None:
     assert parse_quantity("6 GiB", "bytes") == 6_442_450_944
     assert parse_quantity("6 GiB", "bytes") == REGISTRY("6 GiB").to("byte").magnitude
     assert parse_quantity("6 GB", "bytes") == REGISTRY("6 GB").to("byte").magnitude
+
+
+@pytest.mark.parametrize(("value", "dimension", "digits", "text"), [
+    (999.99e6, "bytes", 3, "1 GB"), (999.4e6, "bytes", 3, "999 MB"), (999.5e9, "bytes_per_s", 3, "1 TB/s"),
+    (999.94e6, "bytes", 4, "999.9 MB"), (99.7e6, "bytes", 2, "100 MB"), (9.996, "bytes", 3, "10 B"),
+    (999.6e-6, "s", 3, "1 ms"), (999.6, "s", 3, "1000 s"), (12345.6, "s", 3, "12346 s"),
+    (-999.99e6, "bytes", 3, "-1 GB"),
+])
+def test_a_number_is_rounded_before_its_prefix_is_chosen(value: float, dimension: str, digits: int, text: str) -> None:
+    assert format_quantity(value, dimension, digits) == text
+
+
+@given(st.floats(1.0, 9.99e17), st.integers(2, 6))
+def test_no_size_is_printed_with_an_exponent_or_four_digits_too_many(value: float, digits: int) -> None:
+    number, unit = format_quantity(value, "bytes", digits).split()
+    assert "e" not in number
+    assert float(number) < 1000
+    assert float(number) * {"B": 1.0, "kB": 1e3, "MB": 1e6, "GB": 1e9, "TB": 1e12, "PB": 1e15}[unit] == pytest.approx(
+        value, rel=0.5 * 10.0 ** (1 - digits))
 
 
 @pytest.mark.parametrize(("text", "dimension", "hint"), [

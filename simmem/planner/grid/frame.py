@@ -21,7 +21,7 @@ from simmem.planner.grid.sweep import answer_all
 from simmem.planner.question import DRAFT_LENGTH, MAX_LOSS, OBJECTIVES, budgets_of
 from simmem.spec.base import validate
 from simmem.spec.device import Device, load_device
-from simmem.spec.workload import weights_label
+from simmem.spec.workload import mixed_text, weights_label
 
 if TYPE_CHECKING:
     import pandas
@@ -203,7 +203,7 @@ def _row(q: CellQuestion, outcome: CellOutcome, device: Device) -> dict[str, Any
         "vram_bytes": None if special is None else budget[special], "objective": q.objective, "engine": q.engine,
         "asked_policy": "any" if q.policies is None else "+".join(q.policies),
         "asked_knobs": json.dumps(q.knobs, sort_keys=True),
-        "asked_weights": ",".join(f"{k}={v}" for k, v in mixed.items()) or q.weights, "asked_batch": q.batch,
+        "asked_weights": mixed_text(mixed) or q.weights, "asked_batch": q.batch,
         "asked_trace": q.trace, "max_quality_loss": q.max_quality_loss, "draft": q.draft,
         "acceptance": q.acceptance, "status": "infeasible" if outcome.plan is None else "ok",
         "reason": outcome.infeasible, "missing_tier": outcome.tier, "missing_bytes": outcome.missing_bytes}

@@ -22,7 +22,7 @@ from simmem.planner.grid.document import (
     Violation,
 )
 from simmem.planner.grid.spec import LIMITS, Cell, said
-from simmem.spec.workload import weights_label
+from simmem.spec.workload import mixed_text, weights_label
 from simmem.units import format_quantity
 
 __all__ = ["judge", "passes"]
@@ -231,7 +231,7 @@ def _plain(value: Any) -> str:
     if value is None:
         return "none"
     if isinstance(value, Mapping):
-        return ",".join(f"{k}={v}" for k, v in value.items()) or "none"
+        return mixed_text(value) or "none"
     if isinstance(value, (list, tuple)):
         return "/".join(_plain(v) for v in value)
     return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -29,6 +29,7 @@ from simmem.planner.grid.sample import Point, Space, enumerated, has_range, is_o
 from simmem.planner.question import DRAFT_LENGTH
 from simmem.spec.base import Frozen, load_toml, validate
 from simmem.spec.library import looks_like_path
+from simmem.spec.workload import mixed_text
 from simmem.units import format_quantity
 
 __all__ = ["LIMITS", "BudgetAxis", "Cell", "CellQuestion", "Expected", "Grid", "Limits", "PolicyAxis", "Sample",
@@ -134,7 +135,7 @@ class WorkloadAxis(_Entry):
         if values["draft"] in (None, NO_DRAFT):
             values = {**values, "draft": None, "acceptance": None, DRAFT_LENGTH.name: None}
         prompt, new, batch, weights, kv, draft, acceptance, length = values.values()
-        mixed = ",".join(f"{k}={v}" for k, v in weights.items()) if isinstance(weights, dict) else weights
+        mixed = mixed_text(weights) if isinstance(weights, dict) else weights
         proposed = f"draft={draft}@{acceptance:g}" + (f",length={length}" if length else "") if draft else None
         return self.labelled("-".join([
             f"p{prompt}", f"n{new}", *([f"b{batch}"] if batch else []), *([mixed] if mixed else []),

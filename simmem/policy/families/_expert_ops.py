@@ -39,17 +39,18 @@ SHARED_KERNELS, GATED_SHARED_KERNELS = 4.0, 6.0
 
 
 @dataclass(frozen=True)
-class _Layer:
-    """Demand classes of one layer with experts."""
+class _Layers:
+    """Demand classes of the layers with experts, one for each in every demand but `shared`."""
 
     gate: Demand
     missed: list[Demand]
     """Copies of what its router finds missing."""
     guess: Demand | None
-    """Asking its gate during the layer before."""
+    """Asking its gate during the layer before; for the first there is none."""
     ahead: list[Demand]
     """Copies of what that asks for."""
     shared: list[Demand]
+    """The same in every layer."""
     experts: list[Demand]
     beside: tuple[list[Demand], list[Demand], list[Demand], Demand] | None
     """To the CPU, there, back, the sum."""
@@ -87,7 +88,7 @@ def _opened(ops: Ops, agent: str, kind: str) -> list[Demand]:
 
 
 class _Classes:
-    """Makes the demand classes of each layer of a decode step."""
+    """Makes the demand classes of a decode step; amounts are (n_expert_layers, n_columns)."""
 
     def __init__(self, context: Context, block: Block, rows: NDArray[np.int64]) -> None:
         self.context, self.agent = context, str(block.structural["agent"])
@@ -149,24 +150,23 @@ class _Classes:
             precision=context.group_precision("router"),
             products=Products(self.ops.n_tokens, float(context.model.architecture.d_model), 1.0))
 
-    def layer(self, index: int) -> _Layer:
-        """Of the layer `index`, counted among those with experts."""
+    def layers(self) -> _Layers:
+        """Of every layer that has experts."""
         ops, use, agent, to_cpu = self.ops, self.use, self.agent, self.helper is not None
-        used, early, late, wasted = use.used[index], use.early[index], use.late[index], use.wasted[index]
-        early_below, late_below = use.early_from_storage[index], use.late_from_storage[index]
+        used, early, late, wasted = use.used, use.early, use.late, use.wasted
+        early_below, late_below = use.early_from_storage, use.late_from_storage
         asked = early + wasted
         right = early_below * np.divide(early, asked, out=np.zeros_like(early), where=asked > 0)
-        ahead = self.ahead and index > 0
         shared = _beside_kernels(self.context)
         early_room = _share(self.spare, asked)
         late_room = _share(np.maximum(self.spare - early * early_room, 0.0), late)
         freed = self.freed(early, right, early_room)
-        return _Layer(
+        return _Layers(
             gate=ops.feed(agent, "experts", ops.n_tokens, groups=("router",), kernels=GATE_KERNELS,
                           release=self.freed(wasted, early_below - right, early_room)),
             missed=self.fetch("missed experts", np.zeros_like(late) if to_cpu else late, late_below, late_room),
-            guess=self.guess(asked) if ahead else None,
-            ahead=self.fetch("experts asked for early", asked, early_below, early_room) if ahead else [],
+            guess=self.guess(asked) if self.ahead else None,
+            ahead=self.fetch("experts asked for early", asked, early_below, early_room) if self.ahead else [],
             shared=[ops.feed(agent, "experts", ops.n_tokens, groups=("ffn",), kernels=shared, norms=False)]
             if shared else [],
             experts=self.experts(agent, used - late, used, release=freed) if to_cpu else self.experts(
@@ -201,7 +201,7 @@ def decode_step(context: Context, block: Block, rows: NDArray[np.int64]) -> Sche
     made = _Classes(context, block, rows)
     ops, agent, a, kinds = made.ops, made.agent, context.model.architecture, context.layers
     where = {layer: index for index, layer in enumerate(a.expert_layers)}
-    layers = [made.layer(index) for index in range(len(where))]
+    each = made.layers()
     attend = ops.mixer(agent, ops.n_tokens, ops.context_flop, ops.context_bytes)
     plain = [ops.feed(agent, "plain", ops.n_tokens)] if "plain" in kinds.names else []
     opened = {name: _opened(ops, agent, name) for name in kinds.names}
@@ -212,30 +212,29 @@ def decode_step(context: Context, block: Block, rows: NDArray[np.int64]) -> Sche
         name = kinds.names[kinds.kind[layer]]
         attended = done = ops.chain([*opened[name], attend], deps=done, layer=layer)
         arrived, fetched = coming, attended
-        here = layers[where[layer]] if layer in where else None
-        following = layers[where[layer + 1]] if layer + 1 in where else None
-        if here is not None:
-            done = ops.chain([here.gate], deps=done, layer=layer)
-            fetched = ops.chain(here.missed, deps=done, layer=layer)
+        nth, following = where.get(layer), where.get(layer + 1)
+        if nth is not None:
+            done = ops.chain([each.gate], deps=done, layer=layer, nth=nth)
+            fetched = ops.chain(each.missed, deps=done, layer=layer, nth=nth)
         coming = ()
-        if following is not None and following.guess is not None:
-            asked = ops.op(following.guess, deps=attended, layer=layer)
+        if following and each.guess is not None:  # before the first nothing is asked for
+            asked = ops.op(each.guess, deps=attended, layer=layer, nth=following)
             # After what this layer misses: its tokens are waited for now.
-            coming = ops.chain(following.ahead, deps=[asked, *fetched], layer=layer)
-        if here is None:
+            coming = ops.chain(each.ahead, deps=[asked, *fetched], layer=layer, nth=following)
+        if nth is None:
             done = ops.chain(plain, deps=done, layer=layer)
             continue
         joined: tuple[int | None, ...] = ()
-        if here.beside is not None:
-            sent = ops.chain(here.beside[0], deps=done, layer=layer)
-            summed = ops.chain(here.beside[1], deps=[*sent, *fetched], layer=layer)
-            joined = ops.chain(here.beside[2], deps=summed, layer=layer)
-        done = ops.chain(here.shared, deps=done, layer=layer)
-        if here.beside is None:
-            done = ops.chain(here.experts, deps=[*done, *arrived, *fetched], layer=layer)
+        if each.beside is not None:
+            sent = ops.chain(each.beside[0], deps=done, layer=layer, nth=nth)
+            summed = ops.chain(each.beside[1], deps=[*sent, *fetched], layer=layer, nth=nth)
+            joined = ops.chain(each.beside[2], deps=summed, layer=layer, nth=nth)
+        done = ops.chain(each.shared, deps=done, layer=layer)
+        if each.beside is None:
+            done = ops.chain(each.experts, deps=[*done, *arrived, *fetched], layer=layer, nth=nth)
         else:
-            done = ops.chain(here.experts, deps=[*done, *arrived], layer=layer)
-            done = ops.chain([here.beside[3]], deps=[*done, *joined], layer=layer)
+            done = ops.chain(each.experts, deps=[*done, *arrived], layer=layer, nth=nth)
+            done = ops.chain([each.beside[3]], deps=[*done, *joined], layer=layer, nth=nth)
     last = ops.op(head, deps=done, layer=a.n_layers)
     for what in step:
         last = ops.op(what, deps=[last], layer=a.n_layers)

@@ -84,9 +84,10 @@ class FlashWindow:
         return "prefetch_layers" not in fixed and unmeasured(context, structural)
 
     def refine(self, context: Context, block: Block, fixed: Mapping[str, object]) -> Block:
-        """Add, for every window, the largest share of attention that leaves room for all of it.
+        """Add, for every window, the largest share of attention that leaves room for all of it, and for the prompt.
 
-        What is held grows linearly in the share, so the ends of the range give the answer.
+        What is held is convex in the share, so a chord up to the far end never says too much: one from nothing, and
+        one more from where that led, past where the head of a prompt gives way to its layers as the widest read.
         """
         if "attention_resident" in fixed or block.structural["predictor"] == "none":
             return block
@@ -96,13 +97,20 @@ class FlashWindow:
         fast = context.memory_of(str(block.structural["agent"]))
         windows = one.columns["window_tokens"].astype(np.int64)
         cache = context.table.held_units.max(axis=0).sum(axis=0)[windows] * context.unit_bytes * (windows > 0)
-        empty, full = (self._fixed(context, end) + self._staging(context, end) for end in (
-            Block(one.structural, {**one.columns, "attention_resident": np.full(one.n_candidates, share)})
-            for share in (0.0, 1.0)))
-        room = context.budget_bytes[fast] - cache - empty
-        share = np.where(full > empty, room / np.maximum(full - empty, 1.0), 1.0) * (1 - 1e-9)
-        fitting = one.only(np.flatnonzero((share > 0) & (share < 1)))
-        added = {**fitting.columns, "attention_resident": share[(share > 0) & (share < 1)]}
+
+        def held(share: Array) -> tuple[Array, ...]:  # while decoding, and while the prompt passes: as `_buffers` does
+            at = Block(one.structural, {**one.columns, "attention_resident": share})
+            fixed = self._fixed(context, at)
+            return fixed + self._staging(context, at) + cache, fixed + self._prefill_staging(context, at)
+
+        share, full = np.zeros(one.n_candidates), held(np.ones(one.n_candidates))
+        for _ in range(2):
+            steps = [np.where(most > least, (context.budget_bytes[fast] - least) / np.maximum(most - least, 1.0), 1.0)
+                     for least, most in zip(held(share), full, strict=True)]
+            share = share + (1.0 - share) * np.clip(np.minimum(*steps), 0.0, 1.0)
+        share = share * (1 - 1e-9)  # sums are rounded
+        inside = np.flatnonzero((share > 0) & (share < 1 - 1e-6))  # all of it stands in the grid
+        added = {**one.only(inside).columns, "attention_resident": share[inside]}
         return Block(block.structural, {k: np.concatenate([v, added[k]]) for k, v in block.columns.items()})
 
     # --- memory ---------------------------------------------------------------------------------

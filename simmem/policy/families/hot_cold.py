@@ -27,7 +27,7 @@ from simmem.policy.context import Context
 from simmem.policy.families._hot_cold_ops import Parts, decode_ops, prompt_ops
 from simmem.policy.families._predicted import predictor_knobs, said_of_predictor, unknown_cost
 from simmem.policy.families._two_agents import gpu_knob, host_of, output_bytes, pass_through_bytes, why_not_two
-from simmem.policy.placement import Balance, Placed, Stage
+from simmem.policy.placement import Balance, Placed, Stage, first_of_classes
 from simmem.schedule import Schedule
 from simmem.trace.hot import HotTable
 from simmem.trace.hot_order import first_units
@@ -66,6 +66,7 @@ class HotCold:
     name = "hot-cold"
     summary = "frequently used neurons on the GPU, the others on the CPU beside it"
     uses_trace = True
+    same_at_every_budget = True
 
     def why_not(self, context: Context) -> str | None:
         """Why this policy cannot plan a context with a trace; None where it can."""
@@ -235,7 +236,7 @@ class HotCold:
         table = self._table(context, str(block.structural["predictor"]))
         layers = len(table.units)
         if block.structural["placement"] == "frequency":
-            units = np.array(self._placed(context, block).units[layers:])
+            units = first_of_classes(table.units.astype(np.float64), self._placed(context, block).counts[layers:])
             return np.asarray(units / np.maximum(table.units, 1)[:, :, None])
         return np.asarray((table.units > 0)[:, :, None] * self._shares(context, block)[layers:, None, :])
 
@@ -269,7 +270,7 @@ class HotCold:
     def _used_rows(self, context: Context, block: Block, rows: NDArray[np.int64]) -> tuple[Array, Array]:
         """Neurons a token uses on the GPU and on the CPU, both (n_layers, candidates × rows), rows fastest."""
         table = self._table(context, str(block.structural["predictor"]))
-        active = table.active[rows].astype(np.float64)
+        active = table.used_by(rows).astype(np.float64)
         if block.structural["predictor"] == "none":
             active = np.repeat(table.units[None].astype(np.float64), len(rows), axis=0)
         by_class = active.transpose(2, 1, 0)[:, :, None, :]  # (C, L, 1, T)

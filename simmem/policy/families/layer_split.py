@@ -37,6 +37,7 @@ class LayerSplit:
     name = "layer-split"
     summary = "the last layers on the GPU, those before them on the CPU, one after the other"
     uses_trace = False
+    same_at_every_budget = True
 
     def why_not(self, context: Context) -> str | None:
         """Why this policy cannot plan a context; None where it can."""

@@ -40,6 +40,7 @@ class LayerStream:
     name = "layer-stream"
     summary = "the first layers on the GPU, the others copied to it for every token"
     uses_trace = False
+    same_at_every_budget = True
 
     def why_not(self, context: Context) -> str | None:
         """Why this policy cannot plan a context; None where it can."""

@@ -29,6 +29,7 @@ class Resident:
     name = "resident"
     summary = "all weights in the computing unit's memory"
     uses_trace = False
+    same_at_every_budget = True
 
     def knobs(self, context: Context) -> tuple[Knob, ...]:
         return (agent_knob(context),)

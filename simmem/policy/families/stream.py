@@ -34,6 +34,7 @@ class Stream:
     name = "stream"
     summary = "a share of every layer resident, the rest read again for every token"
     uses_trace = False
+    same_at_every_budget = True
 
     def knobs(self, context: Context) -> tuple[Knob, ...]:
         tiers: tuple[str, ...] = ("storage",) if context.device.is_unified else ("storage", "host")

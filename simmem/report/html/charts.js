@@ -105,11 +105,12 @@ function kindsIn(steps) {
 }
 
 // Dots joined by a thin line that only guides the eye; points: {x, y, text, kind, pick}, y null where there is none.
-function dots(points, width, {height = 150, logX = false, words, yUnit = seconds, line = null}) {
+// `beside` are points of something else at some of the same places, drawn paler and with a name: {x, y, text, name}.
+function dots(points, width, {height = 150, logX = false, words, yUnit = seconds, line = null, beside = []}) {
   const left = 52, right = width - 14, top = 10, bottom = height - 26;
   points = [...points].sort((a, b) => a.x - b.x);
   const known = points.filter((point) => point.y !== null);
-  const ys = scale([...known.map((point) => point.y), ...(line === null ? [] : [line])], bottom, top);
+  const ys = scale([...[...known, ...beside].map((point) => point.y), ...(line === null ? [] : [line])], bottom, top);
   const xs = scale(points.map((point) => point.x), left + 10, right, {zero: false, log: logX});
   const ordered = known.map((point) => `${xs.place(point.x).toFixed(1)},${ys.place(point.y).toFixed(1)}`);
   let last = -Infinity;
@@ -118,6 +119,9 @@ function dots(points, width, {height = 150, logX = false, words, yUnit = seconds
       label(left - 6, ys.place(at) + 4, yUnit(at), {class: "soft", "text-anchor": "end"})]),
     line === null ? null : svg("line", {x1: left, x2: right, y1: ys.place(line), y2: ys.place(line), class: "guide"}),
     svg("polyline", {points: ordered.join(" "), class: "guide"}),
+    beside.map((point, index) => [
+      svg("circle", {cx: xs.place(point.x), cy: ys.place(point.y), r: 5, class: "beside"}, svg("title", null, point.text)),
+      index ? null : label(xs.place(point.x) - 9, ys.place(point.y) + 4, point.name, {class: "soft", "text-anchor": "end"})]),
     points.map((point) => {
       const x = xs.place(point.x), said = words(point.x);
       const free = x - last > 3.3 * (said.length + 4) + 8;

@@ -104,6 +104,13 @@ function whyNone({budget, knob}) {
 }
 
 const memoryPlaces = () => ofTier(now.tier).map(({index}) => ({budget: index}));
+// Where all weights fit, no plan that leaves neurons out is recommended, however fast: more memory may then seem to cost.
+// Such plans stand beside the curve; they were run with every link as it is.
+const besides = () => (now.factor !== PLAN.factor || now.knob ? [] : ofTier(now.tier).map(({budget}) => budget).filter((one) => one.aside));
+const asideWords = ({aside, policy, points}) => `all weights fit, so nothing is left out any more: ${policy} takes ` +
+  `${seconds(points[0][PLAN.factor].token_latency_s)}. ${aside.policy} would take ${seconds(aside.token_latency_s)} and leave neurons out; ` +
+  `--policy ${aside.policy} asks for it`;
+const besideNote = el("p", {class: "soft small", id: "memory-beside"});
 const controls = [];
 if (tiers.length) {
   const tier = tiers.length < 2 ? null : el("div", {class: "control"}, el("label", {for: "tier"}, "Which memory"),
@@ -113,7 +120,10 @@ if (tiers.length) {
     () => ofTier(now.tier).findIndex(({index}) => index === now.budget),
     (at) => { now.budget = ofTier(now.tier)[at].index; },
     () => `${budgetWords(what.budgets[now.budget], now.tier)}${tiers.length < 2 ? "" : ` (${now.tier})`}`,
-    (width) => dots(along(memoryPlaces(), (place) => what.budgets[place.budget].budget_bytes[now.tier]), width, {words: bytes}));
+    (width) => dots(along(memoryPlaces(), (place) => what.budgets[place.budget].budget_bytes[now.tier]), width, {words: bytes,
+      beside: besides().map((one) => ({x: one.budget_bytes[now.tier], y: one.aside.token_latency_s, name: one.aside.policy,
+        text: `${one.aside.policy}, not recommended here: ${seconds(one.aside.token_latency_s)}`}))}));
+  memory.append(besideNote);
   controls.push(tier, memory);
 }
 if (what.link) {
@@ -166,6 +176,8 @@ function provenance(budget) {
 function update() {
   const budget = what.budgets[now.budget], point = pointAt(now);
   for (const control of controls) if (control && control.redraw) control.redraw();
+  const [first] = besides();
+  besideNote.replaceChildren(...(first ? [name(`From ${bytes(first.budget_bytes[now.tier])} on ${asideWords(first)} (dashed circles).`)] : []));
   const changed = ["budget", "knob", "factor"].some((key) => now[key] !== PLAN[key]);
   reset.disabled = !changed;
   if (point === null) {
@@ -193,7 +205,8 @@ function update() {
     el("p", {class: "small"}, "The plan"), bar(shares(basePoint), `The plan: ${seconds(basePoint.token_latency_s)}`),
     legend(parts, words.parts),
     el("p", {class: "soft", id: "if-how"}, provenance(budget)),
-    budget.notes.map((note) => el("p", {class: "caveat"}, name(`${note[0].toUpperCase()}${note.slice(1)}.`))));
+    ...[...budget.notes, ...(besides().includes(budget) ? [asideWords(budget)] : [])].map((note) =>
+      el("p", {class: "caveat"}, name(`${note[0].toUpperCase()}${note.slice(1)}.`))));
   closeUp.hidden = false;
   closeUp.redraw();
 }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -73,6 +74,7 @@ def _neighbours(found: WhatIf, steps: Steps) -> dict[str, Any]:
         "budgets": [{
             "tier": b.tier, "budget_bytes": b.budget_bytes, "policy": b.policy, "knobs": b.knobs,
             "used_bytes": b.used_bytes, "bytes_per_token": b.bytes_per_token, "notes": b.notes,
+            "aside": None if b.aside is None else asdict(b.aside),
             "points": [[_point(p, steps) for p in row] for row in b.points],
         } for b in found.budgets]}
 

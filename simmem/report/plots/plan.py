@@ -15,7 +15,7 @@ from simmem.planner.replan import candidate_of
 from simmem.policy.base import policy_named
 from simmem.policy.drafting import drafted
 from simmem.report.closeup import begin_s, close_up, worked
-from simmem.report.plan import step_words, weights_words
+from simmem.report.plan import step_words, trace_words, weights_words
 from simmem.report.plots.style import (
     GREY,
     INK,
@@ -112,10 +112,9 @@ def pareto_front(plan: Plan, *, ax: Axes | None = None) -> Axes:
 
 def evidence_in_words(plan: Plan) -> str:
     """The trace and the weakest figure that a plan rests on, as a subtitle says it."""
-    trace = "no trace" if plan.trace is None else (
-        f"{'SYNTHETIC' if plan.trace.kind == 'synthetic' else 'captured'} trace {plan.trace.name}")
     kind = plan.evidence.weakest_kind
-    return f"{plain(trace)} · " + ("rests on ESTIMATED figures" if kind == "estimated" else f"weakest figure: {kind}")
+    said = "rests on ESTIMATED figures" if kind == "estimated" else f"weakest figure: {kind}"
+    return f"{plain(trace_words(plan))} · {said}"
 
 
 def plan_in_words(plan: Plan) -> str:
