@@ -256,19 +256,8 @@ def arithmetic_peak(agent: Agent, name: str, precision: str) -> tuple[str, float
 
 def capacity_bytes_per_s(device: Device, resource: str, factors: Factors | None = None) -> float | Array:
     """What a resource can deliver to all its users together. [B/s]"""
-    factors = factors or {}
-    what, name = resource.split(".", 1)
-    if what == "link":
-        return device.link[name].rate.value * _factor(factors, f"link.{name}.rate")
-    if what == "bus":
-        return device.bus[name].rate.value * _factor(factors, f"bus.{name}.rate")
-    memory = device.memory[name]
-    if memory.rate is not None:
-        return memory.rate.value * _factor(factors, f"memory.{name}.rate")
-    rates: list[float | Array] = [a.rate.value * _factor(factors, f"agent.{k}.rate")
-                                  for k, a in device.agent.items() if a.memory == name]
-    rates += [k.rate.value * _factor(factors, f"link.{n}.rate") for n, k in device.link.items()
-              if name in (k.source, k.target)]
+    rates: list[float | Array] = [figure.value * _factor(factors or {}, key)
+                                  for key, figure in device.capacity_figures(resource).items()]
     best = rates[0]
     for rate in rates[1:]:
         best = np.maximum(best, rate)

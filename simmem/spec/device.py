@@ -7,6 +7,7 @@ draw; it bounds the sum and is what the event engine shares out.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -288,6 +289,23 @@ class Device(Frozen):
         for name, link in self.link.items():
             graph.add_edge(link.source, link.target, what="link", name=name, rate_bytes_per_s=link.rate.value)
         return graph
+
+    def capacity_figures(self, resource: str) -> Mapping[str, Figure]:
+        """Figures of which the largest is what a resource (`link.x`, `bus.x`, `memory.x`) delivers, by key. [B/s]"""
+        what, name = resource.split(".", 1)
+        if what == "link":
+            return {f"link.{name}.rate": self.link[name].rate}
+        if what == "bus":
+            return {f"bus.{name}.rate": self.bus[name].rate}
+        own = self.memory[name].rate
+        if own is not None:
+            return {f"memory.{name}.rate": own}
+        return ({f"agent.{k}.rate": a.rate for k, a in self.agent.items() if a.memory == name}
+                | {f"link.{k}.rate": x.rate for k, x in self.link.items() if name in (x.source, x.target)})
+
+    def capacity_bytes_per_s(self, resource: str) -> float:
+        """What a resource delivers to all its users together. [B/s]"""
+        return max(figure.value for figure in self.capacity_figures(resource).values())
 
     def figures(self) -> dict[str, Figure]:
         """Every figure of the device by its key path, e.g. "link.flash.rate"."""

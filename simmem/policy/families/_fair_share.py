@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from simmem.cost.roofline import capacity_bytes_per_s
 from simmem.policy.context import Context
 
 __all__ = ["fair_share"]
@@ -20,7 +19,7 @@ def fair_share(context: Context, name: str, beside: Sequence[str]) -> float:
     if link.bus is not None:
         shared.append((f"bus.{link.bus}", [k.rate.value for k in others if k.bus == link.bus]))
     for resource, draws in shared:
-        left = float(capacity_bytes_per_s(device, resource))
+        left = device.capacity_bytes_per_s(resource)
         for k, draw in enumerate(sorted(draws)):  # who asks for less than an equal share of what is left has it all
             if draw >= found or draw * (len(draws) - k) >= left:
                 found = min(found, left / (len(draws) - k))

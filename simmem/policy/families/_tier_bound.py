@@ -7,18 +7,15 @@ the linear programme that places by them gives a bound for every other placement
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from numpy.typing import NDArray
 
-from simmem.cost.roofline import capacity_bytes_per_s
 from simmem.policy.context import Context
+from simmem.policy.families._class_seconds import class_seconds, uncached
 from simmem.policy.families._fair_share import fair_share
 from simmem.policy.families._tier_bytes import Layout
 from simmem.policy.families._tier_schedule import IN_SERIES, tier_schedule
-from simmem.schedule import DRAFT, DemandClass, OpKind, Phase, Schedule
-from simmem.spec.device import Agent
+from simmem.schedule import OpKind, Phase, Schedule
 
 __all__ = ["least_rows"]
 
@@ -28,7 +25,7 @@ Array = NDArray[np.float64]
 def least_rows(context: Context, at: Layout, phase: Phase) -> list[Array]:
     """Times that a step or a prompt at a layout does not beat, each (n,). [s]"""
     schedule = tier_schedule(context, at, phase, 1)
-    seconds = _class_seconds(context, schedule)
+    seconds = class_seconds(context, schedule)
     ops = np.flatnonzero(schedule.timed)
     took, place = seconds[schedule.op_class[ops]], schedule.op_layer[ops]
     names = [what.name for what in schedule.classes]
@@ -52,16 +49,25 @@ def least_rows(context: Context, at: Layout, phase: Phase) -> list[Array]:
     rows = [took[schedule.op_stream[ops] == stream].sum(axis=0) for stream in streams]
     brought = [by_stage(of_weights & (schedule.op_stream[ops] == stream), took) for stream in streams]
     ends = np.array([what.kind in (OpKind.SYNC, OpKind.DRAFT) for what in schedule.classes])[schedule.op_class[ops]]
-    rows += _sharing_host(context, schedule, seconds, np.array(waited)[:, None] * whole)
-    into_gpu = [brought[k] for k, name in enumerate(schedule.streams) if name.startswith("link.")
-                and context.device.link[name.removeprefix("link.")].target == context.memory_of(at.gpu)]
-    if phase is Phase.DECODE:  # what the first stage waits for may be copied once the last layer before it is done
-        rows += [done[:-1].sum(axis=0) + each[0] for each in into_gpu]
-    rows += [done.sum(axis=0), *_ways_through(done, took[ends].sum(axis=0), [b for b in brought if b.any()], phase)]
+    arriving = {name: each for name, each in zip(schedule.streams, brought, strict=True) if each.any()}
+    waits = np.array(waited)[:, None] * whole
+    rows += _sharing_host(context, schedule, seconds, waits, 0.0)
+    if phase is Phase.DECODE and arriving:
+        # The first layer's weights may be copied once the last layer of the step before is done, and a link brings
+        # those of all layers from then until the last is done again.
+        fast, host = context.memory_of(at.gpu), context.device.host
+        path = [f"link.{name}" for name in (*context.device.path(context.device.storage, host),
+                                            *context.device.path(host, fast))]
+        first = arriving.get(path[-1], 0.0 * done)[0] - done[-1]
+        rows += [done.sum(axis=0) + first, *_sharing_host(context, schedule, seconds, waits, first)]
+        onward = [sum((arriving[k][-2] for k in path[i + 1:] if k in arriving), done[-2]) for i in range(len(path))]
+        rows += [arriving[name][:-1].sum(axis=0) + onward[i] for i, name in enumerate(path) if name in arriving]
+    rows += [done.sum(axis=0), *_ways_through(done, took[ends].sum(axis=0), list(arriving.values()), phase)]
     return list(np.unique(np.array(rows), axis=0))
 
 
-def _sharing_host(context: Context, schedule: Schedule, seconds: Array, waited: Array) -> list[Array]:
+def _sharing_host(context: Context, schedule: Schedule, seconds: Array, waited: Array, idle: Array | float
+                  ) -> list[Array]:
     """Ways to share the host's memory between the CPU and copies, each (n,). [s]
 
     All users of it together get its rate C. While other ops than the CPU's run, S seconds one after another, only
@@ -74,6 +80,7 @@ def _sharing_host(context: Context, schedule: Schedule, seconds: Array, waited: 
 
     seconds : (n_classes, n) least of each class. [s]
     waited : (n_classes, n) the same of those whose ops run one after another, latencies with them; 0 of others. [s]
+    idle : in which none of these runs. [s]
     """
     device, cpu = context.device, context.host_agent
     moved = schedule.bytes.get(f"memory.{device.host}")
@@ -81,13 +88,13 @@ def _sharing_host(context: Context, schedule: Schedule, seconds: Array, waited: 
         return []
     uses = np.bincount(schedule.op_class[schedule.timed], minlength=len(schedule.classes))
     agent, links = device.agent[cpu], [k for k in device.link.values() if device.host in (k.source, k.target)]
-    rate = float(capacity_bytes_per_s(device, f"memory.{device.host}"))
+    rate = device.capacity_bytes_per_s(f"memory.{device.host}")
     own = agent.rate.value * (1.0 if device.cost_model else agent.rate_share.value)
     if agent.attention_rate is not None:
         own = agent.attention_rate.value
     helping = np.array([what.agent == cpu for what in schedule.classes])
-    read = uses[helping] @ moved[helping] * _uncached(schedule, cpu, agent, own)
-    elsewhere = uses[~helping] @ waited[~helping]
+    read = uses[helping] @ moved[helping] * uncached(schedule, cpu, agent, own)
+    elsewhere = uses[~helping] @ waited[~helping] + idle
     copied = min(sum(k.rate.value for k in links), rate)
     rows = [(uses[~helping] @ moved[~helping] + read + (rate - copied) * elsewhere) / rate]
     busy = {name: uses @ (seconds * np.array([what.link == name for what in schedule.classes])[:, None])
@@ -126,52 +133,3 @@ def _ways_through(done: Array, after: Array, brought: list[Array], phase: Phase)
     # A link brings the weights of one stage after the other, from the second one's on, which the head's end makes room
     # for, to the head's.
     return [*rows, *(each[1:].sum(axis=0) + done[-1] - after for each in brought)]
-
-
-def _class_seconds(context: Context, schedule: Schedule) -> Array:
-    """Least seconds of each class, (n_classes, n): at achieved rates, or at full ones without constants where a fitted
-    model times each shape. [s]"""
-    seconds, device = np.zeros_like(schedule.flop), context.device
-    fitted = device.cost_model is not None
-    for k, what in enumerate(schedule.classes):
-        if what.link is not None:
-            seconds[k] = schedule.bytes[f"link.{what.link}"][k] / device.link[what.link].rate.value
-            continue
-        name = str(what.agent)
-        agent = device.agent[name]
-        precision = agent.computes_as(what.precision)
-        rate, peak = agent.rate.value, agent.flop_per_s[precision].value if precision else math.inf
-        if what.rate == "attention" and agent.attention_rate is not None:
-            rate = agent.attention_rate.value
-        elif not fitted:
-            rate *= agent.rate_share.value
-        if not fitted:
-            peak *= agent.flop_share.value
-        moved = schedule.bytes.get(f"memory.{agent.memory}", seconds)[k] * _uncached(schedule, name, agent, rate)
-        seconds[k] = np.maximum(schedule.flop[k] / peak, moved / rate)
-        if not fitted:
-            seconds[k] += schedule.requests[k] * _constant_s(what, agent, precision)
-    return seconds
-
-
-def _constant_s(what: DemandClass, agent: Agent, precision: str | None) -> float:
-    """What a kernel of a class takes at least beside its bytes and its arithmetic. [s]"""
-    if what.kind is OpKind.SYNC and agent.step_overhead is not None:
-        return agent.step_overhead.value
-    if what.launch == "graph" and agent.graph_overhead is not None:
-        return agent.graph_overhead.value
-    does = what.name.removeprefix(DRAFT)
-    kernel = f"{'attention' if does == 'projections' else does}-{precision}"
-    return agent.kernel_overhead.get(kernel, agent.op_overhead).value
-
-
-def _uncached(schedule: Schedule, name: str, agent: Agent, rate: float) -> float:
-    """Least share of an agent's bytes that cost as much as from memory: of a step at most a cache full comes faster."""
-    moved = schedule.bytes.get(f"memory.{agent.memory}")
-    if agent.cache is None or agent.cache_rate is None or agent.cache_rate.value <= rate or moved is None:
-        return 1.0
-    uses = np.bincount(schedule.op_class[schedule.timed], minlength=len(schedule.classes))
-    mine = np.array([what.agent == name for what in schedule.classes])
-    looped = float(((uses * mine) @ moved).min())
-    saved = min(agent.cache.value / max(looped, 1e-300), 1.0)
-    return 1.0 - saved * (1.0 - rate / agent.cache_rate.value)

@@ -16,8 +16,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from simmem.cost.roofline import capacity_bytes_per_s, durations
 from simmem.policy.context import Context
+from simmem.policy.families._class_seconds import class_seconds
 from simmem.policy.families._dense import READER_THREADS
 from simmem.policy.families._fair_share import fair_share
 from simmem.policy.families._tier_bytes import BUFFERS, Layout, held, kv_batch_bytes, route, stage_bytes
@@ -146,13 +146,14 @@ def _early_shares(ops: Ops, at: Layout, far: Array, to_gpu: tuple[str, ...], to_
     for what in (*asked, attention, *feeds):
         last = one.op(what)
     schedule = one.build(last)
-    took = durations(schedule, device)
+    took = class_seconds(context, schedule)
     slowest = min(to_gpu, key=lambda name: device.link[name].rate.value)
     copying_at = fair_share(context, slowest, [slowest])
-    left = float(capacity_bytes_per_s(device, f"memory.{device.host}")) - copying_at
-    attending = np.maximum(took.occupancy_s[attention[0]], schedule.bytes[f"memory.{device.host}"][attention[0]] / left)
-    until = sum((took.occupancy_s[k] + took.latency_s[k] for k, _ in asked), attending)
-    whole = until + np.max([took.occupancy_s[k] for k, _ in feeds], axis=0)
+    left = device.capacity_bytes_per_s(f"memory.{device.host}") - copying_at
+    attending = np.maximum(took[attention[0]], schedule.bytes[f"memory.{device.host}"][attention[0]] / left)
+    latency = sum(device.link[name].latency.value for name in to_host)
+    until = sum((took[k] for k, _ in asked), attending + latency)
+    whole = until + np.max([took[k] for k, _ in feeds], axis=0)
     arriving = device.link[to_gpu[-1]].latency.value
     found = []
     for shares, n_bytes in zip([at.weights] * (len(stages) - 1) + [at.head], stages, strict=True):

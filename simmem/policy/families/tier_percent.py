@@ -255,19 +255,25 @@ def _placed(context: Context, block: Block, fixed: Mapping[str, object]) -> Bloc
     gpu = str(block.structural["agent"])
     given = {i: block.columns[k][0] / 100.0 for i, k in enumerate(PERCENTS) if k in fixed}
     known = _ways(context, gpu)
+    problems = {i: known.get(way := (int(ways[1, i]), bool(ways[2, i]))) or _problems(context, gpu, [way])[0]
+                for i in first.tolist()}
     found: list[tuple[int, Array]] = []
     for objective in ("total", "step"):
         solved: list[tuple[float, int, Array]] = []
         corners: list[tuple[float, int, Array]] = []
-        for i in first.tolist():
-            way = int(ways[1, i]), bool(ways[2, i])
-            problem = known[way] if way in known else _problems(context, gpu, [way])[0]
+        for i, problem in problems.items():
             best = tier_shares(problem, objective, given)
             if best is not None:
                 solved.append((best.seconds, i, best.shares * 100.0))
                 corners += [(one.seconds, i, one.shares * 100.0) for one in tier_corners(problem, objective, given)]
-        for some, most in ((solved, SURVIVORS), (corners, CORNERS)):
-            found += [(i, shares) for _, i, shares in sorted(some, key=lambda one: one[0])[:most]]
+        solved = sorted(solved, key=lambda one: one[0])[:SURVIVORS]
+        for some in (solved, sorted(corners, key=lambda one: one[0])[:CORNERS]):
+            found += [(i, shares) for _, i, shares in some]
+        if len(PERCENTS) - 1 not in given:
+            for _, i, _ in solved[:CORNERS]:  # a little of the activations elsewhere is a copy more, too
+                whole = (tier_shares(problems[i], objective, {**given, len(PERCENTS) - 1: np.array(tier)})
+                         for tier in ((1.0, 0.0), (0.0, 1.0)))
+                found += [(i, one.shares * 100.0) for one in whole if one is not None]
     if not found:  # the planner says what the least of them lacks
         return block
     index = np.array([i for i, _ in found])
