@@ -170,9 +170,9 @@ class Evidence(_Part):
     search_gap: float | None
     extrapolating: bool
     placement_gap: float | None = None
-    """By which share another placement of the same kind could at most be faster. `tier-percent`: the simulated time over
-    a bound that no shares on the tiers beat; `hot-cold`: the expected load over that of the relaxed programme. Null
-    where it places by no choice."""
+    """By which share another placement of the same kind could at most be faster. `tier-percent`: the simulated time
+    over a bound that no shares on the tiers beat; `hot-cold`: the expected load over that of the relaxed programme.
+    Null where it places by no choice."""
     measured: MeasuredHere | None = None
 
 
