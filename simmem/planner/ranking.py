@@ -201,7 +201,8 @@ def _scored(question: Question, policy: Policy, context: Context, block: Block, 
         return score(policy, context, block, rows)
     alike = policy.name, context.workload.weights, *block.structural.items(), *block.columns, *rows.tolist()
     known = question.scores.setdefault(alike, {})
-    each = list(zip(*(column.tolist() for column in block.columns.values()), strict=True)) or [()]
+    values = (column.tolist() if column.ndim == 1 else map(tuple, column.tolist()) for column in block.columns.values())
+    each = list(zip(*values, strict=True)) or [()]
     new = [i for i, knobs in enumerate(each) if knobs not in known]
     if new:
         seconds = score(policy, context, block.only(np.array(new)), rows).tolist()
