@@ -51,6 +51,8 @@ __all__ = [
 Array = NDArray[np.float64]
 Seconds = TypeVar("Seconds", float, Array)
 
+ROUNDING = 1e-6
+"""A share that a bound may be above what it bounds."""
 NOT_FELT = 5e-5
 """Analytic changes of a latency below this are not worth an event run."""
 
@@ -255,7 +257,9 @@ def placement_gap(candidate: Candidate, predicted: Predicted, report: Mapping[st
     n = candidate.context.workload.new_tokens
     took = {"total": predicted.first_token_s + (n - 1) * predicted.token_latency_s, "step": predicted.token_latency_s}
     what = "step" if objective != "throughput" and "step" in least else "total"
-    return max(1.0 - float(least[what]) / took[what], 0.0)
+    gap = 1.0 - float(least[what]) / took[what]
+    # A bound above the plan's own time is none: laws hold them below it, but for rounding.
+    return max(gap, 0.0) if gap > -ROUNDING else None
 
 
 def _requests(run: Timeline, link: str) -> float:

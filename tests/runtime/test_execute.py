@@ -112,18 +112,23 @@ def test_streams_move_whole_blocks(model: Model, knobs: dict[str, Any], tmp_path
     assert said <= run.counted.moved_bytes[0] < said + stages * BLOCK
 
 
-def test_a_layer_is_not_read_into_what_was_just_computed_with(model: Model, tmp_path: Path) -> None:
+@pytest.mark.parametrize("ahead", [0, 1, 2])
+def test_a_layer_is_not_read_into_what_was_just_computed_with(model: Model, ahead: int, tmp_path: Path) -> None:
     """Narrow layers take turns through the room of the widest, and each lies whole within it."""
-    streamed = np.array([2, 2, 1, 5, 4, 2]) * BLOCK
-    places = np.array(_places(streamed.tolist()))
-    assert places.tolist() == [0, 2 * BLOCK, 4 * BLOCK, 0, 0, 0]
-    with open_session(task_of(candidate(model, "stream", {**STREAM, "resident_ratio": 0.0}), 2),
-                      How(threads=1, scratch=tmp_path)) as session:
+    assert _places([2, 2, 1, 5, 4, 2], 1) == [0, 2, 4, 0, 0, 0]
+    streamed = [2] * 12 + [6]
+    places = _places(streamed, ahead + 1)
+    assert max(place + n for place, n in zip(places, streamed, strict=True)) <= 6
+    for where in range(ahead + 1, 12):
+        assert abs(places[where] - places[where - ahead - 1]) >= 2, "the same buffer's last one lies elsewhere"
+    knobs = {**STREAM, "resident_ratio": 0.0, "prefetch_layers": ahead}
+    with open_session(task_of(candidate(model, "stream", knobs), 2), How(threads=1, scratch=tmp_path)) as session:
         task, memory = session.task, session.memory
-        parts = [memory.staging(where, where) for where in range(len(task.streamed))]
-        assert [part.host.nbytes for part in parts] == list(task.streamed) == [part.near.nbytes for part in parts]
-        begins = np.array([part.host.ctypes.data for part in parts])
-        assert (begins - begins.min()).tolist() == _places(task.streamed)
+        for slot in range(ahead + 1):
+            parts = [memory.staging(where, slot) for where in range(len(task.streamed))]
+            assert [part.host.nbytes for part in parts] == list(task.streamed) == [part.near.nbytes for part in parts]
+            begins = np.array([part.host.ctypes.data for part in parts])
+            assert (begins - begins.min()).tolist() == _places(task.streamed, ahead + 1)
 
 
 def test_an_op_waits_where_a_read_stands_before_it_and_nothing_beside(model: Model) -> None:

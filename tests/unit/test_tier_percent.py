@@ -21,6 +21,7 @@ from simmem.policy.check import check_policy
 from simmem.policy.context import Context
 from simmem.policy.families._tier_bound import least_rows
 from simmem.policy.families._tier_bytes import layout
+from simmem.policy.families._tier_schedule import tier_schedule
 from simmem.policy.families.tier_percent import PERCENTS, _writes
 from simmem.policy.placement_lp import maximise
 from simmem.schedule import Phase
@@ -164,13 +165,37 @@ def gap_of(best: Candidate, objective: str) -> float:
     return gap
 
 
-@given(st.data(), st.sampled_from(["fp16", "int4"]), st.integers(1, 12), st.integers(1, 6), st.integers(0, 8))
-def test_no_shares_beat_the_linear_programme(data: st.DataObject, weights: str, batch: int, new_tokens: int,
+@pytest.mark.parametrize(("device", "model", "batch", "weights", "gpu_batch", "kv", "engine"), [
+    ("flexgen-t4", "opt-1.3b", 64, (0, 70), 8, "fp16", None),
+    ("rtx3060-pc", "opt-6.7b", 32, (0, 47.487), 8, "fp16", None),
+    ("rtx4090-pc", "opt-6.7b", 32, (0, 70), 8, "fp16", None), ("rtx4090-pc", "opt-1.3b", 64, (0, 47), 8, "int8", None),
+    ("flexgen-t4", "opt-6.7b", 64, (100, 0), 64, "int4", "flexgen")])
+def test_rows_stay_below_the_mean_of_late_steps(device: str, model: str, batch: int, weights: tuple[float, float],
+                                                gpu_batch: int, kv: str, engine: str | None) -> None:
+    """Where copies go ahead of reads, and where the GPU unpacks beside the CPU."""
+    machine = load_device(device)
+    machine = machine.with_engine(engine) if engine else machine
+    context = Context(machine, load_model(model), Workload(512, 16, batch, "fp16", kv), None,
+                      dict.fromkeys(machine.memory, 1e15))
+    block = Block({"agent": "gpu", "weights_split": "fractions"}, {
+        "weights_percent": np.array([weights]), "kv_percent": np.array([(30, 70)]),
+        "activations_percent": np.array([(100, 0)]), "gpu_batch": np.array([gpu_batch]),
+        "n_gpu_batches": np.array([batch // gpu_batch]), "cpu_attention": np.array([True])})
+    at = layout(context, block)
+    late = tier_schedule(context, at, Phase.DECODE, 8)
+    ends = events(late.column(0), column_of(durations(late, machine), 0), contention_of(context)).token_end_s
+    least = float(np.max(least_rows(context, at, Phase.DECODE)))
+    assert least <= float(ends[-1] - ends[-5]) / 4 * (1 + 1e-9)
+
+
+@given(st.data(), st.sampled_from(["fp16", "int4"]), st.sampled_from(["fp16", "int8", "int4"]), st.integers(1, 12),
+       st.integers(1, 6), st.integers(0, 8))
+def test_no_shares_beat_the_linear_programme(data: st.DataObject, weights: str, kv: str, batch: int, new_tokens: int,
                                              drafted: int) -> None:
     """The rows at a placement are below its simulated time, and the programme's optimum below whatever fits."""
     device = data.draw(devices(two_sided=True), label="device")
     draft = Draft(data.draw(models(), label="draft"), drafted, 0.7) if drafted else None
-    workload = Workload(16, new_tokens + 1, batch, weights, "fp16", draft=draft)
+    workload = Workload(16, new_tokens + 1, batch, weights, kv, draft=draft)
     context = Context(device, data.draw(models(), label="model"), workload, None,
                       {k: m.budget_bytes for k, m in device.memory.items()})
     if why_not_plan(TIER, context) is not None:

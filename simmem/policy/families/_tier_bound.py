@@ -1,8 +1,9 @@
 """What is the least that a step or a prompt can take under the percentages of `tier-percent`?
 
-Every row is a time that no schedule of `_tier_schedule` beats, at full rates and without latencies: how long a stream
-is busy, or one way through the schedule along which one op waits for the other. All are linear in the shares, so that
-the linear programme that places by them gives a bound for every other placement.
+Every row is a time that no schedule of `_tier_schedule` beats: how long a stream is busy, one way through the schedule
+along which one op waits for the other, or how long the users of host memory are busy with it. All are linear in the
+shares but for what an op takes at any share (its latency, its kernels), which is concave: a line through the corners is
+below it. So the linear programme that places by the rows gives a bound for every other placement.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ def least_rows(context: Context, at: Layout, phase: Phase) -> list[Array]:
     took, place = seconds[schedule.op_class[ops]], schedule.op_layer[ops]
     names = [what.name for what in schedule.classes]
     # The GPU's part of attention runs beside the CPU's, everything else that computes one after another.
-    beside = [what.name == "attention" and what.agent == at.gpu for what in schedule.classes]
+    beside = [what.name in ("attention", "unpack states") and what.agent == at.gpu for what in schedule.classes]
     waited = [(what.agent is not None and not aside) or what.name.startswith(IN_SERIES)
               for what, aside in zip(schedule.classes, beside, strict=True)]
     n_stages = context.model.architecture.n_layers + 1
@@ -49,21 +50,48 @@ def least_rows(context: Context, at: Layout, phase: Phase) -> list[Array]:
     rows = [took[schedule.op_stream[ops] == stream].sum(axis=0) for stream in streams]
     brought = [by_stage(of_weights & (schedule.op_stream[ops] == stream), took) for stream in streams]
     ends = np.array([what.kind in (OpKind.SYNC, OpKind.DRAFT) for what in schedule.classes])[schedule.op_class[ops]]
-    arriving = {name: each for name, each in zip(schedule.streams, brought, strict=True) if each.any()}
+    arriving = dict(zip(schedule.streams, brought, strict=True))
+    reads, copies = _weight_links(context, at)
+    read, copied = (sum((arriving[name] for name in names), 0.0 * done) for names in (reads, copies))
+    # Copies that go ahead while the CPU attends wait for no read: only what was read has to be copied after that.
+    ahead = _copies_ahead(context, at, phase)
+    behind = np.where(ahead, sum(_rate(context, reads[-1]) / _rate(context, name) for name in copies)
+                      * arriving[reads[-1]], copied)
     waits = np.array(waited)[:, None] * whole
     rows += _sharing_host(context, schedule, seconds, waits, 0.0)
-    if phase is Phase.DECODE and arriving:
+    if phase is Phase.DECODE:
         # The first layer's weights may be copied once the last layer of the step before is done, and a link brings
         # those of all layers from then until the last is done again.
-        fast, host = context.memory_of(at.gpu), context.device.host
-        path = [f"link.{name}" for name in (*context.device.path(context.device.storage, host),
-                                            *context.device.path(host, fast))]
-        first = arriving.get(path[-1], 0.0 * done)[0] - done[-1]
+        first = arriving[copies[-1]][0] - done[-1]
         rows += [done.sum(axis=0) + first, *_sharing_host(context, schedule, seconds, waits, first)]
-        onward = [sum((arriving[k][-2] for k in path[i + 1:] if k in arriving), done[-2]) for i in range(len(path))]
-        rows += [arriving[name][:-1].sum(axis=0) + onward[i] for i, name in enumerate(path) if name in arriving]
-    rows += [done.sum(axis=0), *_ways_through(done, took[ends].sum(axis=0), list(arriving.values()), phase)]
+        for links, onward in ((reads, behind), (copies, 0.0 * done)):
+            rows += [arriving[name][:-1].sum(axis=0) + done[-2] + onward[-2]
+                     + sum(arriving[k][-2] for k in links[i + 1:]) for i, name in enumerate(links)]
+    rows.append(done.sum(axis=0))
+    after, links_busy = took[ends].sum(axis=0), [each for each in brought if each.any()]
+    for arrival in (read + behind, np.where(ahead, copied, read + copied)):
+        rows += _ways_through(done, after, links_busy, arrival, phase)
     return list(np.unique(np.array(rows), axis=0))
+
+
+def _weight_links(context: Context, at: Layout) -> tuple[list[str], list[str]]:
+    """Streams of the links that weights take out of storage, and of those on to the GPU."""
+    device = context.device
+    ends = (device.storage, device.host), (device.host, context.memory_of(at.gpu))
+    reads, copies = ([f"link.{name}" for name in device.path(*pair)] for pair in ends)
+    return reads, copies
+
+
+def _copies_ahead(context: Context, at: Layout, phase: Phase) -> NDArray[np.bool_]:
+    """Whether copies of weights may be done while the CPU attends, (n,)."""
+    cpu = context.host_agent
+    may = phase is Phase.DECODE and cpu is not None and context.agent(cpu).h2d_overlaps_cpu is not False
+    return np.asarray(at.cpu_attention & may, dtype=np.bool_)
+
+
+def _rate(context: Context, stream: str) -> float:
+    """Of a link's stream. [B/s]"""
+    return context.device.link[stream.removeprefix("link.")].rate.value
 
 
 def _sharing_host(context: Context, schedule: Schedule, seconds: Array, waited: Array, idle: Array | float
@@ -101,17 +129,22 @@ def _sharing_host(context: Context, schedule: Schedule, seconds: Array, waited: 
             for name, link in device.link.items() if link in links}
     least = {name: fair_share(context, name, list(busy)) for name in busy}
     for name, mine in busy.items():
+        if device.link[name].kind == "storage":
+            continue  # reads may draw less than its rate
         beside, most = [name], fair_share(context, name, [name])
         for other in sorted(busy, key=lambda k: device.link[k].rate.value):
             if other != name and fair_share(context, name, [*beside, other]) >= most:
                 beside.append(other)
-        away = sum((busy[k] * device.link[k].rate.value / least[k] for k in busy if k not in beside), 0.0 * elsewhere)
-        for share, alone in ((least[name], mine), (most, mine - away)):
-            rows.append(read / own + elsewhere + max(1.0 - (rate - share) / own, 0.0) * (alone - elsewhere))
+        cases, others = [(least[name], mine)], [k for k in busy if k not in beside]
+        if all(device.link[k].kind == "copy" for k in others):  # reads may take longer than their bytes at its rate
+            away = sum((busy[k] * device.link[k].rate.value / least[k] for k in others), 0.0 * elsewhere)
+            cases.append((most, mine - away))
+        rows += [read / own + elsewhere + max(1.0 - (rate - share) / own, 0.0) * (alone - elsewhere)
+                 for share, alone in cases]
     return rows
 
 
-def _ways_through(done: Array, after: Array, brought: list[Array], phase: Phase) -> list[Array]:
+def _ways_through(done: Array, after: Array, brought: list[Array], arrival: Array, phase: Phase) -> list[Array]:
     """Ways through a step or prompt along which stages wait for their weights, each (n,). [s]
 
     Weights have two buffers: a stage's are asked for when the stage two before it is done.
@@ -119,8 +152,8 @@ def _ways_through(done: Array, after: Array, brought: list[Array], phase: Phase)
     done : (n_stages, n) what a stage does one after another. [s]
     after : (n,) what of that follows the head of a step: its fixed cost and a draft. [s]
     brought : per link, (n_stages, n) what its weights take over it. [s]
+    arrival : (n_stages, n) the least from asking for a stage's weights to their being there. [s]
     """
-    arrival = sum(brought, np.zeros_like(done))
     if phase is Phase.PREFILL:  # nothing has come before
         return [done.sum(axis=0) + arrival[0]]
     # A step lasts from the end of the one before to its own. One of its stages waits for its weights, meanwhile only

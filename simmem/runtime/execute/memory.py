@@ -55,18 +55,18 @@ def _unit_room(task: Task) -> int:
     return 0 if slots is None else int(task.unit_bytes.max(initial=0.0)) + GRAIN * slots.slot_bytes
 
 
-def _places(streamed: Sequence[int]) -> list[int]:
-    """Where in a buffer the streamed part of each stage begins: behind that of the stage before, where it fits. [B]
+def _places(streamed: Sequence[int], n_buffers: int) -> list[int]:
+    """Where in its buffer the streamed part of each stage begins: behind what that held before, where it fits. [B]
 
     A buffer holds the widest, so that narrower ones take turns. Reads into what the processor has just computed with
     take longer than into memory that its caches have let go: two of 3.5 MB 3.5 ms instead of 2.6, 32 of 64 KiB 1.7
     instead of 1.3, small ones a twentieth (a virtual drive).
     """
-    found, end = [], 0
-    for n_bytes in streamed:
-        begin = end if end + n_bytes <= max(streamed) else 0
-        found.append(begin)
-        end = begin + n_bytes
+    found: list[int] = []
+    for where, n_bytes in enumerate(streamed):
+        before = where - n_buffers
+        end = found[before] + streamed[before] if before >= 0 else 0
+        found.append(end if end + n_bytes <= max(streamed) else 0)
     return found
 
 
@@ -109,7 +109,7 @@ class Memory:
         self.fixed = self._load_whole(layout.fixed)
         self._kept = [self._load(stage.offset, n) for stage, n in zip(self._stages, kept, strict=True)]
         self._staging = [buffer(widest, device, apart=apart) for _ in range(ahead)] if widest else []
-        self._places = _places(task.streamed)
+        self._places = _places(task.streamed, ahead)
         self.host_copy = [self._host_part(stage, n) for stage, n in zip(self._stages, task.streamed, strict=True)
                           ] if from_host else None
         self._views: dict[tuple[int, int], Weights] = {}
