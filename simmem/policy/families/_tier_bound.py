@@ -98,13 +98,15 @@ def _sharing_host(context: Context, schedule: Schedule, seconds: Array, waited: 
                   ) -> list[Array]:
     """Ways to share the host's memory between the CPU and copies, each (n,). [s]
 
-    All users of it together get its rate C. While other ops than the CPU's run, S seconds one after another, only
-    copies use it, at L bytes a second at most: of B bytes in a step of T seconds B ≤ L·S + C·(T - S).
+    All users of it together get its `rate`. While other ops than the CPU's run, for `elsewhere` seconds of a step of T
+    seconds one after another, only copies use it, at most at the rate `copied`: what moves in a step is at most
+    copied · elsewhere + rate · (T - elsewhere).
 
-    A link that is busy for W seconds gets at least its fair share F of the memory, whoever else uses it, and leaves the
-    CPU R = C - F. The CPU needs D seconds at its own rate r, and the link is busy for at least W - S of T - S: so
-    T - S ≥ D + (1 - R/r)·(W - S). With everything else that may use the memory F is small; without some links it is
-    larger, but for the V seconds only that these take: W - S - V.
+    A link that is `busy` gets at least its fair `share` of the memory, whoever else uses it, and leaves the CPU
+    rate - share. The CPU reads `read` bytes at its `own` rate or at that, and the link is busy for at least
+    busy - elsewhere of the T - elsewhere seconds that are the CPU's:
+    T - elsewhere ≥ read / own + (1 - (rate - share) / own) · (busy - elsewhere). With everything else that may use the
+    memory the share is small; without some `others` it is larger, but not for the seconds that these take.
 
     seconds : (n_classes, n) least of each class. [s]
     waited : (n_classes, n) the same of those whose ops run one after another, latencies with them; 0 of others. [s]

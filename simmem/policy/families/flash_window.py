@@ -87,7 +87,8 @@ class FlashWindow:
         """Add, for every window, the largest share of attention that leaves room for all of it, and for the prompt.
 
         What is held is convex in the share, so a chord up to the far end never says too much: one from nothing, and
-        one more from where that led, past where the head of a prompt gives way to its layers as the widest read.
+        one more from where that led, past where the head of a prompt gives way to its layers as the widest read. Where
+        nothing fits without any share, because the head is wider than what the share holds, none is looked for.
         """
         if "attention_resident" in fixed or block.structural["predictor"] == "none":
             return block
