@@ -333,7 +333,7 @@ def _naive(question: Question, weights: str, agent: str) -> Candidate | None:
     left for it."""
     fixed = {"agent": agent, "source_tier": "storage", "resident_ratio": 0.0, "prefetch_layers": 0,
              "reader_threads": 32}
-    context = replace(question, workload=replace(question.workload, draft=None), scores={}).context(weights)
+    context = replace(question, workload=replace(question.workload, draft=None)).context(weights)
     if agent not in context.able_agents:
         return None
     policy = policy_named("stream")

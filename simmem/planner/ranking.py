@@ -199,7 +199,7 @@ def _scored(question: Question, policy: Policy, context: Context, block: Block, 
     """`score`, of each candidate once for all budgets where those have no part in what a step of the policy demands."""
     if not getattr(policy, "same_at_every_budget", False):
         return score(policy, context, block, rows)
-    alike = policy.name, context.workload.weights, *block.structural.items(), *block.columns, *rows.tolist()
+    alike = policy.name, context.workload, *block.structural.items(), *block.columns, *rows.tolist()
     known = question.scores.setdefault(alike, {})
     values = (column.tolist() if column.ndim == 1 else map(tuple, column.tolist()) for column in block.columns.values())
     each = list(zip(*values, strict=True)) or [()]

@@ -48,13 +48,8 @@ class HotTable:
     tokens: Ints
     """(T,) those that are timed."""
 
-    @property
-    def active(self) -> Ints:
-        """(T, L, C) units of the class that a timed token uses."""
-        return self.used_by(np.arange(len(self.tokens)))
-
     def used_by(self, rows: Ints) -> Ints:
-        """The same of some timed tokens, (n, L, C), each counted when it is first asked for: most never are."""
+        """(n, L, C) units of the class that some timed tokens use, each counted when first asked for."""
         known, found = self._known
         new = np.unique(rows[~known[rows]])
         if len(new):

@@ -109,7 +109,7 @@ def test_a_split_class_is_filled_by_use_then_by_number(model: Model) -> None:
     assert split
     assert shares.sum(axis=0) == pytest.approx(counts.sum(axis=0))
     assert (counts == counts.round()).all()
-    largest = replayed.hot.active.max(axis=(0, 2)).max()
+    largest = replayed.hot.used_by(np.arange(len(replayed.hot.tokens))).max(axis=(0, 2)).max()
     assert np.abs(shares - counts).max() <= largest
 
 

@@ -25,7 +25,7 @@ def test_counted_by_hand() -> None:
     assert found.units.tolist() == [[1, 1, 1, 2]]
     assert found.used_by(np.array([1])).tolist() == [[[0, 1, 1, 1]]]
     assert found.used_by(np.array([1, 0, 1])).tolist() == [[[0, 1, 1, 1]], [[1, 0, 0, 1]], [[0, 1, 1, 1]]]
-    assert found.active.tolist() == [[[1, 0, 0, 1]], [[0, 1, 1, 1]]]
+    assert found.used_by(np.arange(len(found.tokens))).tolist() == [[[1, 0, 0, 1]], [[0, 1, 1, 1]]]
 
 
 @given(seeds(), st.integers(1, 4), st.integers(1, 90), st.integers(2, 12), st.booleans())
@@ -40,7 +40,7 @@ def test_every_unit_is_in_one_class_and_timed_tokens_are_left_out(rng: np.random
         changed[timed] = rng.random((len(timed), layers, units)) < 0.5
         assert hot_table(trace_of(changed), timed).frequency.tolist() == found.frequency.tolist()
     assert found.units.sum(axis=1).tolist() == [units] * layers
-    np.testing.assert_array_equal(found.active.sum(axis=2), bits[timed].sum(axis=2))
+    np.testing.assert_array_equal(found.used_by(np.arange(len(found.tokens))).sum(axis=2), bits[timed].sum(axis=2))
     profile = np.delete(bits, timed, axis=0)
     uses = (found.frequency * found.units).sum(axis=1)
     np.testing.assert_allclose(uses, profile.mean(axis=0).sum(axis=1), atol=1e-12)

@@ -9,9 +9,9 @@ from numpy.typing import NDArray
 
 from simmem.policy.context import Context
 from simmem.schedule import DRAFT, DemandClass, OpKind, Schedule
-from simmem.spec.device import Agent
+from simmem.spec.device import Agent, Device
 
-__all__ = ["class_seconds", "uncached"]
+__all__ = ["class_seconds", "memory_rate", "uncached"]
 
 Array = NDArray[np.float64]
 
@@ -28,11 +28,7 @@ def class_seconds(context: Context, schedule: Schedule) -> Array:
         name = str(what.agent)
         agent = device.agent[name]
         precision = agent.computes_as(what.precision)
-        rate, peak = agent.rate.value, agent.flop_per_s[precision].value if precision else math.inf
-        if what.rate == "attention" and agent.attention_rate is not None:
-            rate = agent.attention_rate.value
-        elif not fitted:
-            rate *= agent.rate_share.value
+        rate, peak = memory_rate(device, name, what.rate), agent.flop_per_s[precision].value if precision else math.inf
         if not fitted:
             peak *= agent.flop_share.value
         moved = schedule.bytes.get(f"memory.{agent.memory}", seconds)[k] * uncached(schedule, name, agent, rate)
@@ -40,6 +36,14 @@ def class_seconds(context: Context, schedule: Schedule) -> Array:
         if not fitted:
             seconds[k] += schedule.requests[k] * _constant_s(what, agent, precision)
     return seconds
+
+
+def memory_rate(device: Device, name: str, kind: str | None) -> float:
+    """At what rate an agent goes through its memory at most, for attention or (None) other ops. [B/s]"""
+    agent = device.agent[name]
+    if kind == "attention" and agent.attention_rate is not None:
+        return agent.attention_rate.value
+    return agent.rate.value * (1.0 if device.cost_model else agent.rate_share.value)
 
 
 def _constant_s(what: DemandClass, agent: Agent, precision: str | None) -> float:

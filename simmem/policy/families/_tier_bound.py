@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.policy.context import Context
-from simmem.policy.families._class_seconds import class_seconds, uncached
+from simmem.policy.families._class_seconds import class_seconds, memory_rate, uncached
 from simmem.policy.families._fair_share import fair_share
 from simmem.policy.families._tier_bytes import Layout
 from simmem.policy.families._tier_schedule import IN_SERIES, tier_schedule
@@ -52,7 +52,7 @@ def least_rows(context: Context, at: Layout, phase: Phase) -> list[Array]:
     ends = np.array([what.kind in (OpKind.SYNC, OpKind.DRAFT) for what in schedule.classes])[schedule.op_class[ops]]
     arriving = dict(zip(schedule.streams, brought, strict=True))
     reads, copies = _weight_links(context, at)
-    read, copied = (sum((arriving[name] for name in names), 0.0 * done) for names in (reads, copies))
+    read, copied = (sum((arriving[name] for name in links), 0.0 * done) for links in (reads, copies))
     # Copies that go ahead while the CPU attends wait for no read: only what was read has to be copied after that.
     ahead = _copies_ahead(context, at, phase)
     behind = np.where(ahead, sum(_rate(context, reads[-1]) / _rate(context, name) for name in copies)
@@ -119,9 +119,7 @@ def _sharing_host(context: Context, schedule: Schedule, seconds: Array, waited: 
     uses = np.bincount(schedule.op_class[schedule.timed], minlength=len(schedule.classes))
     agent, links = device.agent[cpu], [k for k in device.link.values() if device.host in (k.source, k.target)]
     rate = device.capacity_bytes_per_s(f"memory.{device.host}")
-    own = agent.rate.value * (1.0 if device.cost_model else agent.rate_share.value)
-    if agent.attention_rate is not None:
-        own = agent.attention_rate.value
+    own = memory_rate(device, cpu, "attention")
     helping = np.array([what.agent == cpu for what in schedule.classes])
     read = uses[helping] @ moved[helping] * uncached(schedule, cpu, agent, own)
     elsewhere = uses[~helping] @ waited[~helping] + idle

@@ -29,6 +29,8 @@ __all__ = ["TierPercent"]
 Array = NDArray[np.float64]
 
 PERCENTS = ("weights_percent", "kv_percent", "activations_percent")
+KEYS_AND_VALUES, ACTIVATIONS = 1, 2
+"""Their places in it."""
 MOST = 10_000_000
 """Sequences of a workload at most, as `Workload` has it."""
 SPLITS = 24
@@ -269,9 +271,9 @@ def _placed(context: Context, block: Block, fixed: Mapping[str, object]) -> Bloc
         solved = sorted(solved, key=lambda one: one[0])[:SURVIVORS]
         for some in (solved, sorted(corners, key=lambda one: one[0])[:CORNERS]):
             found += [(i, shares) for _, i, shares in some]
-        if len(PERCENTS) - 1 not in given:
+        if ACTIVATIONS not in given:
             for _, i, _ in solved[:CORNERS]:  # a little of the activations elsewhere is a copy more, too
-                whole = (tier_shares(problems[i], objective, {**given, len(PERCENTS) - 1: np.array(tier)})
+                whole = (tier_shares(problems[i], objective, {**given, ACTIVATIONS: np.array(tier)})
                          for tier in ((1.0, 0.0), (0.0, 1.0)))
                 found += [(i, one.shares * 100.0) for one in whole if one is not None]
     if not found:  # the planner says what the least of them lacks
@@ -291,7 +293,7 @@ def _least_s(context: Context, block: Block) -> dict[str, float]:
     at, new = layout(context, block), context.workload.new_tokens
     known = _ways(context, at.gpu)
     # With all keys and values on the GPU the CPU has nothing to attend to, whether it may or not.
-    nothing_away = {1: np.array([1.0, 0.0])}
+    nothing_away = {KEYS_AND_VALUES: np.array([1.0, 0.0])}
     cases = [(bool(at.cpu_attention[0]), {}), *([(False, nothing_away)] if at.cpu_attention[0] else [])]
     least: dict[str, float] = {}
     for helps, given in cases:

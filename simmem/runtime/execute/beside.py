@@ -6,10 +6,9 @@ of their own, one in each direction, out of and into pinned memory.
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
@@ -19,7 +18,7 @@ from simmem.runtime.execute.measured import Clock, Key
 if TYPE_CHECKING:
     import torch
 
-__all__ = ["Beside", "Job", "Lane"]
+__all__ = ["Beside", "Lane"]
 
 
 class Lane:
@@ -76,25 +75,6 @@ def _nothing() -> None:
     """On the processor a copy is done when it returns."""
 
 
-class Job:
-    """Work handed to the thread."""
-
-    def __init__(self, work: Callable[[], None]) -> None:
-        self.work = work
-        self.error: BaseException | None = None
-        self._done = threading.Event()
-
-    def finish(self, error: BaseException | None) -> None:
-        self.error = error
-        self._done.set()
-
-    def wait(self) -> None:
-        """Return when it is done, with what it launched launched. Raises what went wrong."""
-        self._done.wait()
-        if self.error is not None:
-            raise self.error
-
-
 class Beside:
     """The thread that computes on the processor, in the order of handing in; a context manager that ends it.
 
@@ -102,41 +82,34 @@ class Beside:
     """
 
     def __init__(self, threads: int) -> None:
-        self._threads = threads
-        self._queue: queue.SimpleQueue[Job | None] = queue.SimpleQueue()
-        self._stopped = False
-        self._thread = threading.Thread(target=self._run, name="simmem-beside", daemon=True)
-        self._thread.start()
+        def begin() -> None:
+            import torch
+
+            run_anywhere()  # whoever started it may keep to one core
+            torch.set_num_threads(threads)
+
+        self._failed: BaseException | None = None
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="simmem-beside", initializer=begin)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None:
-        self._stopped = True  # what was handed in and not begun is nobody's any more
-        self._queue.put(None)
-        self._thread.join()
+        self._pool.shutdown(cancel_futures=True)  # what was handed in and not begun is nobody's any more
 
-    def submit(self, work: Callable[[], None]) -> Job:
-        """Do it once all that was handed in before is done."""
-        job = Job(work)
-        self._queue.put(job)
-        return job
+    def submit(self, work: Callable[[], None]) -> Future[None]:
+        """Do it once all that was handed in before is done; its `result()` raises what went wrong."""
+        return self._pool.submit(self._do, work)
 
-    def _run(self) -> None:
+    def _do(self, work: Callable[[], None]) -> None:
         import torch
 
-        failed: BaseException | None = None
+        if self._failed is not None:  # what comes behind a failure has no input: it fails alike
+            raise self._failed
         try:
-            run_anywhere()  # whoever started it may keep to one core
-            torch.set_num_threads(self._threads)
-        except BaseException as error:  # noqa: BLE001 - goes to whoever waits for the first job
-            failed = error
-        with torch.inference_mode():
-            while (job := self._queue.get()) is not None:
-                if failed is None and not self._stopped:
-                    try:
-                        job.work()
-                    except BaseException as error:  # noqa: BLE001 - goes to whoever waits for it
-                        failed = error
-                job.finish(failed)  # what comes behind a failure has no input: it fails alike
+            with torch.inference_mode():
+                work()
+        except BaseException as error:
+            self._failed = error
+            raise

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from types import TracebackType
 from typing import TYPE_CHECKING, Self
 
@@ -21,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from simmem.runtime.cores import run_anywhere
-from simmem.runtime.execute.beside import Beside, Job, Lane
+from simmem.runtime.execute.beside import Beside, Lane
 from simmem.runtime.execute.cache import padded
 from simmem.runtime.execute.engine import Counted
 from simmem.runtime.execute.heads import SomeHeads
@@ -156,10 +157,10 @@ class HotEngine:
         near, heads, side = self._decoder.near, self._decoder.near_heads, self._memory.near[layer]
         here, there = heads.counts[layer], self._decoder.far_heads.counts[layer]
         handed: _Arrived | None = None
-        job: Job | None = None
+        job: Future[None] | None = None
         known: list[tuple[torch.Tensor, ...]] = []  # the cold heads' queries, keys, values
 
-        def attend_beside() -> Job:
+        def attend_beside() -> Future[None]:
             return self._beside.submit(lambda: self._attend_beside(number, layer, position, handed, known))
 
         if there:
@@ -232,9 +233,9 @@ class HotEngine:
     def _feed(self, number: int, layer: int) -> None:
         near, memory = self._decoder.near, self._memory
         side, rows, cold = memory.near[layer], self._rows[number][layer], self._cold[number][layer]
-        job: Job | None = None
+        job: Future[None] | None = None
 
-        def hand_over(x: torch.Tensor) -> Job | None:
+        def hand_over(x: torch.Tensor) -> Future[None] | None:
             if not len(cold):
                 return None
             arrived = self._send(number, "ffn input", layer, x, ids=cold)
@@ -294,7 +295,7 @@ class HotEngine:
         self._came_bytes[number] += message.far[:n].nbytes
         self._up.copy((number, f"{name}.{self._up_name}", layer), message.far[:n], message.near[:n])
 
-    def _arrive(self, job: Job) -> None:
+    def _arrive(self, job: Future[None]) -> None:
         """Wait until the processor is done; what is launched next waits for its results."""
-        job.wait()
+        job.result()
         self._up.join()
